@@ -1,0 +1,148 @@
+"""Adapt experts before they are merged: each one through the adapt words of a sentence, resumable, with a card."""
+
+import time
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .card import digest, is_done, key_of
+from .errors import HeadError, SentenceError
+from .models.encoder import features
+from .models.heads import AnyHead, Head, check_width
+from .models.inputs import Subset, digest_parts
+from .progress import Progress, silent
+from .sentence import Step, knobs_of, parse_words
+from .train import Checkpoint
+from .weights.open import Source, check_match, named, open_weights
+from .weights.save import save
+from .weights.stored import Stored
+
+
+def adapt(
+    base: Source,
+    experts: Mapping[str, Source] | Sequence[Source],
+    *,
+    encoder: nn.Module,
+    heads: Mapping[str, AnyHead],
+    inputs: Any,
+    how: str = "ri",
+    into: str | Path | None = None,
+    own: Sequence[str] = (),
+    seed: int = 0,
+    kind: str = "auto",
+    progress: Progress = silent,
+) -> dict[str, Mapping[str, Tensor]]:
+    """Return every expert's adapted weights, on unlabeled ``inputs`` alone.
+
+    ``heads``: one an expert, under the expert's name. ``how``: adapt steps, such as ``"ri(steps=300)"``. ``into``: a
+    folder; each expert gets its own in it, one that its card proves done is read back, and one that was interrupted
+    goes on from its last checkpoint to the same result. ``kind``: "fp32", "bf16" or "auto" (see `models.encoder`).
+
+    Raises HeadError (a head missing or of another width), WeightsError (keys, shapes), SentenceError (steps, knobs).
+    """
+    theta0 = open_weights(base)
+    thetas = {name: open_weights(source) for name, source in named(experts).items()}
+    check_match(theta0, thetas, own)
+    steps = adapt_steps(how)
+    if missing := [name for name in thetas if name not in heads]:
+        raise HeadError(f"expert '{missing[0]}' has no head of that name; heads: {', '.join(heads)}")
+    check_fit(encoder, theta0, heads, inputs)
+    same = {"base": digest(theta0), "heads": heads_digest(heads), "inputs": inputs_digest(inputs)}
+    base_features = remembered(encoder, theta0, inputs, kind)
+    adapted: dict[str, Mapping[str, Tensor]] = {}
+    for name, theta in thetas.items():
+        card: dict[str, Any] = {
+            "kind": "adapt",
+            "sentence": how_text(steps),
+            "seed": seed,
+            "precision": kind,
+            "own": name,
+        }
+        card["encoder"] = [type(encoder).__qualname__, getattr(encoder, "pooling", None)]
+        card["inputs"] = {**same, "expert": digest(theta)}
+        card["key"] = key_of(card)
+        folder = Path(into) / name if into is not None else None
+        if folder is not None and is_done(folder, card["key"]):
+            adapted[name] = Stored(folder)
+            continue
+        started = time.monotonic()
+        given: dict[str, Any] = {"own": name, "encoder": encoder, "_precision": kind, "_base_features": base_features}
+        for k, step in enumerate(steps):
+            knobs = {"seed": seed, **step.knobs}
+            if folder is not None:
+                given["_checkpoint"] = Checkpoint(folder / f"checkpoint-{k}.safetensors", card["key"])
+                given["_log"] = folder / ("log.jsonl" if k == 0 else f"log-{k}.jsonl")
+            total = knobs.get("steps", knobs_of(step.function).get("steps", 1))
+            with progress(f"{step.name} {name}", total) as tick:
+                theta = step.function(theta, theta0, heads, inputs, **knobs, **given, _tick=tick)
+        adapted[name] = theta
+        if folder is not None:
+            adapted[name] = save(theta, folder, {**card, "seconds": round(time.monotonic() - started, 3)})
+            for leftover in folder.glob("checkpoint-*.safetensors"):
+                leftover.unlink()
+    return adapted
+
+
+def adapt_steps(how: str) -> list[Step]:
+    """Return the adapt steps of ``how``. Raises SentenceError at another kind of step or a knob out of range."""
+    steps = parse_words(how)
+    for step in steps:
+        if step.kind != "adapt":
+            raise SentenceError(f"'{step.name}' is a {step.kind} step; adapt() takes adapt steps such as ri(steps=300)")
+        try:
+            step.module().check(**step.knobs)
+        except (ValueError, TypeError) as error:
+            raise SentenceError(f"{step}: {error}") from None
+    return steps
+
+
+def how_text(steps: Sequence[Step]) -> str:
+    """Return the canonical text of adapt steps."""
+    return " | ".join(map(str, steps))
+
+
+@torch.no_grad()
+def check_fit(encoder: nn.Module, base: Mapping[str, Tensor], heads: Mapping[str, AnyHead], inputs: Any) -> None:
+    """Run one input through encoder and heads. Raises HeadError at the first head that does not fit."""
+    x = features(encoder, base, Subset(inputs, torch.arange(1)), kind="fp32")
+    check_width(heads, x.shape[1])
+    for name, head in heads.items():
+        try:
+            logits = head(x)
+        except Exception as error:
+            raise HeadError(f"head '{name}' does not take features of width {x.shape[1]}: {error}") from None
+        if logits.ndim != 2 or len(logits) != 1:
+            raise HeadError(f"head '{name}' must give logits [batch, classes], gave {list(logits.shape)} for one input")
+
+
+def remembered(encoder: nn.Module, base: Mapping[str, Tensor], inputs: Any, kind: str) -> Any:
+    """Return a function from indices to the base's features; each set of indices is computed once for all experts."""
+
+    @cache
+    def compute(indices: tuple[int, ...]) -> Tensor:
+        return features(encoder, base, Subset(inputs, torch.tensor(indices)), kind=kind)
+
+    return lambda indices: compute(tuple(indices.tolist()))
+
+
+def heads_digest(heads: Mapping[str, AnyHead]) -> str:
+    """Return a digest of all heads: a linear head's numbers, a module's tensors, another function's name."""
+    parts: dict[str, Any] = {}
+    for name, head in heads.items():
+        if isinstance(head, Head):
+            tensors = {"weight": head.weight, **({} if head.bias is None else {"bias": head.bias})}
+            parts[name] = [digest(tensors), head.normalize]
+        elif isinstance(head, nn.Module):
+            parts[name] = [digest(head.state_dict()), type(head).__qualname__]
+        else:
+            parts[name] = getattr(head, "__qualname__", type(head).__qualname__)
+    return key_of(parts)
+
+
+def inputs_digest(inputs: Any) -> str:
+    """Return a digest of inputs."""
+    return digest({str(k): part for k, part in enumerate(digest_parts(inputs))})

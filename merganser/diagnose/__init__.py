@@ -1,0 +1,1 @@
+"""Why a merged model is worse than its parts."""

@@ -1,0 +1,52 @@
+"""What can go wrong, drawn as a tree.
+
+    MerganserError              anything merganser itself reports: one line that says what, where and what to do
+    ├── WeightsError            a checkpoint: missing, a pickle, other keys or shapes, not finite
+    ├── SentenceError           a sentence: grammar, an unknown step or knob, a knob out of range
+    ├── RecipeError             a recipe file: a key, a value or a path in it
+    ├── DataError               tasks and inputs: missing, empty, of the wrong kind
+    ├── HeadError               a head that does not fit the encoder, or the head an expert should have
+    └── MissingExtra            an optional dependency that this verb needs
+
+The command line prints the message in one line and exits with status 1; usage mistakes exit with 2.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class MerganserError(Exception):
+    """Anything merganser itself reports."""
+
+
+class WeightsError(MerganserError):
+    """A checkpoint is missing, unsafe, of other keys or shapes, or not finite."""
+
+
+class SentenceError(MerganserError):
+    """A sentence breaks the grammar or names an unknown step or knob."""
+
+
+class RecipeError(MerganserError):
+    """A recipe file holds a key, value or path that cannot be used."""
+
+
+class DataError(MerganserError):
+    """Tasks or inputs are missing, empty or of the wrong kind."""
+
+
+class HeadError(MerganserError):
+    """A head is missing or does not fit the encoder."""
+
+
+class MissingExtra(MerganserError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, what: str, extra: str):
+        super().__init__(f"{what} needs the '{extra}' extra: pip install 'merganser[{extra}]'")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `` (did you mean 'x'?)`` for the closest known word, or an empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean '{close[0]}'?)" if close else ""

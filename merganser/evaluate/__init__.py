@@ -1,0 +1,1 @@
+"""Scores: how well a model does each task with that task's own head."""

@@ -1,0 +1,121 @@
+"""Score a model on tasks: every task with its own head, in one pass over its inputs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from ..errors import HeadError
+from ..models.encoder import features
+from ..models.heads import AnyHead
+from .metrics import calibration_error, interval, mean_scores, score
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network to score: an encoder, the weights it is called with, a head for every task."""
+
+    encoder: nn.Module
+    weights: Mapping[str, Tensor]
+    heads: Mapping[str, AnyHead]
+    kind: str = "auto"
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Inputs ready for an encoder with their labels (int64) and the metric they are scored by."""
+
+    inputs: Any
+    labels: np.ndarray
+    metric: str = "accuracy"
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a model said on one task: the class it predicts for every input, and how sure it is."""
+
+    labels: np.ndarray
+    predictions: np.ndarray
+    confidences: np.ndarray
+    metric: str = "accuracy"
+
+    @property
+    def score(self) -> float:
+        return score(self.metric, self.labels, self.predictions)
+
+    @property
+    def calibration_error(self) -> float:
+        return calibration_error(self.confidences, self.predictions == self.labels)
+
+
+@dataclass(frozen=True)
+class Scores(Mapping[str, Outcome]):
+    """Outcomes by task. ``mean`` is the plain mean over the tasks; intervals are 95 % bootstrap intervals."""
+
+    outcomes: Mapping[str, Outcome] = field(default_factory=dict)
+
+    def __getitem__(self, task: str) -> Outcome:
+        return self.outcomes[task]
+
+    def __iter__(self) -> Any:
+        return iter(self.outcomes)
+
+    def __len__(self) -> int:
+        return len(self.outcomes)
+
+    def __or__(self, other: "Scores") -> "Scores":
+        return Scores({**self.outcomes, **other.outcomes})
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean([o.score for o in self.outcomes.values()]))
+
+    @property
+    def calibration_error(self) -> float:
+        return float(np.mean([o.calibration_error for o in self.outcomes.values()]))
+
+    def interval(self) -> tuple[float, float]:
+        """Return the 95 % interval of the mean."""
+        both = interval(means([self])[:, 0])
+        return both["low"], both["high"]
+
+    def normalised(self, experts: "Scores") -> dict[str, float]:
+        """Return each task's score divided by that of the task's own expert."""
+        return {task: o.score / experts[task].score for task, o in self.outcomes.items()}
+
+    def gain(self, other: "Scores") -> tuple[float, float, float]:
+        """Return this mean minus the other's with its paired 95 % interval: ``(gain, low, high)``."""
+        draws = means([other, self])
+        both = interval(draws[:, 1] - draws[:, 0])
+        return self.mean - other.mean, both["low"], both["high"]
+
+
+def evaluate(model: Model, tasks: Mapping[str, Labelled], *, batch: int = 256) -> Scores:
+    """Return the scores of ``model`` on ``tasks``, each with the head of its own name.
+
+    Raises HeadError if a task has no head.
+    """
+    outcomes = {}
+    for name, task in tasks.items():
+        if name not in model.heads:
+            raise HeadError(f"task '{name}' has no head of that name; heads: {', '.join(model.heads)}")
+        x = features(model.encoder, model.weights, task.inputs, batch=batch, kind=model.kind)
+        outcomes[name] = outcome(model.heads[name](x), task)
+    return Scores(outcomes)
+
+
+def outcome(logits: Tensor, task: Labelled) -> Outcome:
+    """Return what ``logits`` ``[n, classes]`` say on ``task``."""
+    confidences, predictions = logits.detach().softmax(dim=1).max(dim=1)
+    return Outcome(task.labels, predictions.numpy().astype(np.int64), confidences.double().numpy(), task.metric)
+
+
+def means(rows: "list[Scores]", seed: int = 0) -> np.ndarray:
+    """Return bootstrap draws of each row's mean over the tasks, paired over rows, ``[draws, rows]``."""
+    tasks = {name: (o.metric, o.labels) for name, o in rows[0].items()}
+    return mean_scores(tasks, [{name: o.predictions for name, o in row.items()} for row in rows], seed=seed)

@@ -1,0 +1,151 @@
+"""The results file: what base, experts and every sentence scored, with intervals and paired gains (``scores.json``)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..card import read_json, write_json
+from .metrics import bootstrap, interval
+from .run import Outcome, Scores, means
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model's scores on the test splits and how it was chosen."""
+
+    sentence: str
+    scores: Scores
+    merging: str = ""
+    adapt: str | None = None
+    scale: float | None = None
+    tuned: bool = False
+    val: float | None = None
+    points: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def write_rows(path: Path, key: str, rows: Sequence[Row]) -> None:
+    """Write rows with every prediction, so that any later comparison can be paired."""
+    write_json(path, {"key": key, "rows": [{**row.__dict__, "scores": _dump(row.scores)} for row in rows]})
+
+
+def read_rows(path: Path, key: str) -> list[Row] | None:
+    """Return the rows at ``path``, or None where there are none with this key."""
+    told = read_json(path)
+    if told is None or told.get("key") != key:
+        return None
+    return [Row(**{**row, "scores": _load(row["scores"])}) for row in told["rows"]]
+
+
+def _dump(scores: Scores) -> dict[str, Any]:
+    return {
+        task: {
+            "metric": o.metric,
+            "labels": o.labels.tolist(),
+            "predictions": o.predictions.tolist(),
+            "confidences": [round(c, 4) for c in o.confidences.tolist()],
+        }
+        for task, o in scores.items()
+    }
+
+
+def _load(told: Mapping[str, Any]) -> Scores:
+    return Scores(
+        {
+            task: Outcome(np.array(o["labels"]), np.array(o["predictions"]), np.array(o["confidences"]), o["metric"])
+            for task, o in told.items()
+        }
+    )
+
+
+def table(base: Scores, experts: Scores, rows: Sequence[Row], xi: Mapping[str, float]) -> dict[str, Any]:
+    """Return the results as JSON values: base, experts, rows, gains and curves. ``xi`` by sentence, where measured."""
+    return {
+        "base": summary(base),
+        "experts": summary(experts),
+        "rows": [_row(row, experts, xi) for row in rows],
+        "gains": gains(rows, experts),
+        "curves": [
+            {"merge": r.merging, "adapt": r.adapt, "points": r.points} for r in rows if r.tuned and len(r.points) > 1
+        ],
+    }
+
+
+def summary(scores: Scores) -> dict[str, Any]:
+    """Return every task's score and the mean, each with its interval."""
+    tasks = {
+        name: {"score": o.score, **interval(bootstrap(o.metric, o.labels, [o.predictions])[:, 0])}
+        for name, o in scores.items()
+    }
+    low, high = scores.interval()
+    return {"tasks": tasks, "mean": {"score": scores.mean, "low": low, "high": high}}
+
+
+def _row(row: Row, experts: Scores, xi: Mapping[str, float]) -> dict[str, Any]:
+    told = summary(row.scores)
+    for task, ratio in row.scores.normalised(experts).items():
+        told["tasks"][task]["normalised"] = ratio
+    worst = min(row.scores, key=lambda task: row.scores[task].score)
+    return {
+        "sentence": row.sentence,
+        "adapt": row.adapt,
+        "merge": row.merging,
+        "scale": row.scale,
+        "tuned": row.tuned,
+        "val": row.val,
+        **told,
+        "normalised": _normalised(row.scores, experts),
+        "worst": {"task": worst, "score": row.scores[worst].score},
+        "ece": row.scores.calibration_error,
+        "xi": xi.get(row.sentence),
+        "seconds": row.seconds,
+    }
+
+
+def _normalised(scores: Scores, experts: Scores) -> dict[str, float]:
+    draws: Any = 0
+    for k, (name, o) in enumerate(sorted(scores.items())):
+        both = bootstrap(o.metric, o.labels, [o.predictions, experts[name].predictions], seed=k)
+        draws = draws + both[:, 0] / np.maximum(both[:, 1], 1e-9)
+    ratios = scores.normalised(experts)
+    return {"score": float(np.mean(list(ratios.values()))), **interval(draws / len(scores))}
+
+
+def gains(rows: Sequence[Row], experts: Scores) -> list[dict[str, Any]]:
+    """Return what adapting gained: rows that differ in their adapt words alone, paired example by example."""
+    found = []
+    for b, with_ in enumerate(rows):
+        for a, without in enumerate(rows):
+            if with_.adapt and not without.adapt and (with_.merging, with_.tuned) == (without.merging, without.tuned):
+                gain, low, high = with_.scores.gain(without.scores)
+                lost = experts.mean - without.scores.mean
+                found.append(
+                    {
+                        "merge": with_.merging,
+                        "adapt": with_.adapt,
+                        "tuned": with_.tuned,
+                        "without": a,
+                        "with": b,
+                        "gain": {"score": gain, "low": low, "high": high},
+                        "recovered": gain / lost if lost > 0 else None,
+                    }
+                )
+    return found
+
+
+def overall_gain(rows: Sequence[Row], tuned: bool = True) -> dict[str, float] | None:
+    """Return the mean gain over all mergers that were run with and without adapting, with its paired interval."""
+    pairs = [
+        (a, b)
+        for b in rows
+        for a in rows
+        if b.adapt and not a.adapt and (a.merging, a.tuned) == (b.merging, b.tuned) and a.tuned == tuned
+    ]
+    if not pairs:
+        return None
+    draws = means([row.scores for pair in pairs for row in pair])
+    difference = (draws[:, 1::2] - draws[:, 0::2]).mean(axis=1)
+    return {"score": float(np.mean([b.scores.mean - a.scores.mean for a, b in pairs])), **interval(difference)}

@@ -1,0 +1,203 @@
+"""A task is a folder: ``task.toml`` (name, kind, classes, template, metric) and train, val and test files.
+
+Text splits are ``.jsonl.gz`` or ``.jsonl`` (``{"text", "label"}`` a line) or ``.parquet`` (the same columns); image
+splits are ``.npz`` (``x`` uint8 NHWC, ``y`` int64).
+"""
+
+import gzip
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import DataError, MissingExtra, did_you_mean
+from .metrics import METRICS
+
+SUFFIXES = (".jsonl.gz", ".jsonl", ".npz", ".parquet")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Raw inputs (a list of texts, or uint8 pixels NHWC) and their labels (int64)."""
+
+    raw: Any
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def first(self, n: int | None) -> "Split":
+        """Return the first ``n`` rows (all if None); the rows of a task are shuffled on disk."""
+        return self if n is None else Split(self.raw[:n], self.labels[:n])
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a task is: its classes as phrases, its prompt templates, its metric and its splits, read on touch."""
+
+    name: str
+    kind: str
+    classes: Sequence[str]
+    template: Sequence[str] = ("{}",)
+    metric: str = "accuracy"
+    splits: Mapping[str, Split | Path] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise DataError(f"task '{self.name}': unknown metric '{self.metric}'{did_you_mean(self.metric, METRICS)}")
+
+    def split(self, name: str) -> Split:
+        """Return a split. Raises DataError where it is missing, empty or not what the task's kind says."""
+        found = self.splits.get(name)
+        if found is None:
+            raise DataError(f"task '{self.name}' has no {name} split; it has: {', '.join(self.splits) or 'none'}")
+        split = read_split(found) if isinstance(found, Path) else found
+        if not len(split):
+            raise DataError(f"task '{self.name}': the {name} split is empty")
+        top = int(split.labels.max())
+        if top >= len(self.classes) or split.labels.min() < 0:
+            raise DataError(
+                f"task '{self.name}': label {top} in {name}, but only {len(self.classes)} classes are named"
+            )
+        return split
+
+    def prompts(self) -> list[list[str]]:
+        """Return the prompts of each class: every template filled with the class's phrase."""
+        return [[template.format(phrase) for template in self.template] for phrase in self.classes]
+
+
+def read_task(folder: str | Path) -> Task:
+    """Return the task in ``folder``. Raises DataError, naming what is wrong with it."""
+    folder = Path(folder)
+    path = folder / "task.toml"
+    if not path.is_file():
+        raise DataError(f"{folder}: not a task (no task.toml)")
+    try:
+        told = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not valid TOML: {error}") from None
+    if missing := [key for key in ("name", "kind", "classes") if key not in told]:
+        raise DataError(f"{path}: lacks '{missing[0]}'")
+    template = told.get("template", "{}")
+    return Task(
+        told["name"],
+        told["kind"],
+        told["classes"],
+        [template] if isinstance(template, str) else template,
+        told.get("metric", "accuracy"),
+        _files(folder),
+    )
+
+
+def read_tasks(folder: str | Path) -> dict[str, Task]:
+    """Return the tasks that are direct children of ``folder``, by name. Raises DataError if there are none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder of tasks")
+    tasks = [read_task(path.parent) for path in sorted(folder.glob("*/task.toml"))]
+    if not tasks:
+        raise DataError(f"{folder}: no task here (a task is a folder with a task.toml)")
+    return {task.name: task for task in tasks}
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    return {
+        name: folder / f"{name}{suffix}"
+        for name in ("train", "val", "test")
+        for suffix in reversed(SUFFIXES)
+        if (folder / f"{name}{suffix}").is_file()
+    }
+
+
+def read_split(path: Path) -> Split:
+    """Return the rows of one file. Raises DataError, naming the file and, for text, the line."""
+    if path.suffix == ".npz":
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return Split(arrays["x"], arrays["y"].astype(np.int64))
+        except (KeyError, ValueError, OSError) as error:
+            raise DataError(f"{path}: not images with 'x' and 'y': {error}") from None
+    rows = _parquet(path) if path.suffix == ".parquet" else _lines(path)
+    texts, labels = [row.get("text") for row in rows], [row.get("label") for row in rows]
+    for k, (text, label) in enumerate(zip(texts, labels, strict=True)):
+        if not isinstance(text, str) or not isinstance(label, int):
+            raise DataError(f"{path}, row {k + 1}: needs a 'text' (a string) and a 'label' (a whole number)")
+    return Split(texts, np.array(labels, dtype=np.int64))
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    number = 0
+    rows = []
+    try:
+        text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        for number, line in enumerate(text.decode("utf-8").splitlines(), 1):  # noqa: B007  (the error names it)
+            if line.strip():
+                rows.append(json.loads(line))
+    except (ValueError, OSError, EOFError) as error:
+        raise DataError(f"{path}: not JSON lines at line {number}: {error}") from None
+    return rows if all(isinstance(row, dict) for row in rows) else _not_rows(path)
+
+
+def _not_rows(path: Path) -> list[dict[str, Any]]:
+    raise DataError(f"{path}: every line must be an object with 'text' and 'label'")
+
+
+def _parquet(path: Path) -> list[dict[str, Any]]:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise MissingExtra(f"{path}", "hf") from None
+    return pyarrow.parquet.read_table(path).to_pylist()
+
+
+def read_unlabeled(paths: Sequence[str | Path], limit: int | None = None) -> Any:
+    """Return unlabeled raw inputs: texts (``.txt`` or ``.txt.gz``, one a line) or pixels (``.npz`` with ``x``).
+
+    With ``limit``, every file gives the same share, spread evenly over it. Raises DataError at an empty file, one
+    that is not text, or kinds mixed.
+    """
+    parts = [_unlabeled(Path(path)) for path in paths]
+    if not parts:
+        raise DataError("no unlabeled inputs given: name at least one file")
+    if len({type(part) for part in parts}) > 1:
+        raise DataError(f"{paths[0]} and others mix texts and images: use one kind of inputs")
+    share = None if limit is None else -(-limit // len(parts))
+    parts = [part if share is None or len(part) <= share else _spread(part, share) for part in parts]
+    joined = np.concatenate(parts) if isinstance(parts[0], np.ndarray) else [text for part in parts for text in part]
+    return joined[:limit] if limit is not None else joined
+
+
+def _spread(part: Any, share: int) -> Any:
+    at = np.linspace(0, len(part) - 1, share).astype(int)
+    return part[at] if isinstance(part, np.ndarray) else [part[k] for k in at]
+
+
+def _unlabeled(path: Path) -> Any:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file of unlabeled inputs")
+    if path.suffix == ".npz":
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                pixels = arrays["x"]
+        except (KeyError, ValueError, OSError) as error:
+            raise DataError(f"{path}: not images with 'x': {error}") from None
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or not len(pixels):
+            raise DataError(
+                f"{path}: 'x' must be uint8 [n, height, width, channels], is {pixels.dtype} {list(pixels.shape)}"
+            )
+        return pixels
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        text = data.decode("utf-8")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not UTF-8 text, one input a line: {error}") from None
+    if "\x00" in text:
+        raise DataError(f"{path}: not text (it has NUL bytes)")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise DataError(f"{path}: the file of unlabeled inputs is empty")
+    return lines

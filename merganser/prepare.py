@@ -1,0 +1,219 @@
+"""From a recipe to things that run: encoder, weights, heads, tasks and inputs, all checked before any long work."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .adapt import adapt_steps, check_fit, heads_digest, how_text
+from .card import digest, file_digest, key_of
+from .errors import DataError, HeadError, RecipeError, WeightsError, did_you_mean
+from .evaluate.run import Labelled
+from .evaluate.task import Split, Task, read_task, read_unlabeled
+from .merge import try_out
+from .models.encoder import features
+from .models.heads import AnyHead, class_mean_head, linear_head, zero_shot_head
+from .models.inputs import digest_parts
+from .models.open import open_encoder
+from .models.split import encoder_weights, split_head
+from .recipe import Recipe
+from .sentence import Sentence, parse
+from .weights.open import check_match, matches, open_weights
+from .weights.renamed import Renamed
+from .weights.stored import Stored
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything a recipe names, opened and checked.
+
+    ``base`` and ``experts`` hold the encoder's tensors under the base's names; ``whole`` is the base's checkpoint as it
+    lies on disk, and ``left_out`` those of its tensors that are not merged.
+    """
+
+    recipe: Recipe
+    sentences: list[Sentence]
+    encoder: Any
+    whole: Mapping[str, Tensor]
+    left_out: list[str]
+    base: Mapping[str, Tensor]
+    experts: dict[str, Mapping[str, Tensor]]
+    tasks: dict[str, Task]
+    heads: dict[str, AnyHead]
+    val: dict[str, Labelled]
+    test: dict[str, Labelled]
+    inputs: Any
+
+    @property
+    def kind(self) -> str:
+        return self.recipe.model.precision
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of base and experts."""
+        return {"base": digest(self.base), **{name: digest(w) for name, w in self.experts.items()}}
+
+    @cached_property
+    def scored_on(self) -> str:
+        """A key of everything but the weights that a score depends on: heads, encoder, labelled inputs, precision."""
+        data = {}
+        for split, tasks in (("val", self.val), ("test", self.test)):
+            for name, task in tasks.items():
+                parts = {str(k): p for k, p in enumerate(digest_parts(task.inputs))}
+                data[f"{split}/{name}"] = [digest({**parts, "y": torch.from_numpy(task.labels)}), task.metric]
+        model = [encoder_key(self.recipe.model.encoder), self.recipe.model.options, self.kind]
+        return key_of({"heads": heads_digest(self.heads), "data": data, "model": model})
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Open and check all that ``recipe`` names.
+
+    Raises the error of whatever is wrong first: sentences and knobs, then paths, checkpoints, tasks, inputs, heads.
+    """
+    sentences = check_sentences(recipe)
+    whole = open_weights(recipe.model.base)
+    sources = {name: open_weights(path) for name, path in recipe.experts.items()}
+    tasks = open_tasks(recipe)
+    raw = read_unlabeled(recipe.inputs.files, recipe.inputs.limit) if recipe.inputs else None
+    splits = read_splits(recipe, tasks)
+    encoder, base, experts, heads = open_models(recipe, whole, sources)
+    check_match(base, experts)
+    for name, weights in {"base": base, **experts}.items():
+        check_finite(name, weights)
+    heads = heads or make_heads(recipe, encoder, base, tasks)
+    inputs = encoder.prepare(raw) if raw is not None else None
+    ready = {
+        which: {n: Labelled(encoder.prepare(s.raw), s.labels, tasks[n].metric) for n, s in rows.items()}
+        for which, rows in splits.items()
+    }
+    check_fit(encoder, base, heads, next(iter(ready["test"].values())).inputs)
+    left_out = [name for name in whole if name not in base]
+    return Prepared(
+        recipe, sentences, encoder, whole, left_out, base, experts, tasks, heads, ready["val"], ready["test"], inputs
+    )
+
+
+def encoder_key(kind: str) -> list[str]:
+    """Return what tells encoders apart: the kind, or a user's file by its content, wherever it lies."""
+    place, _, function = kind.rpartition(":")
+    return [file_digest(Path(place)), function] if place.endswith(".py") else [kind]
+
+
+def open_tasks(recipe: Recipe) -> dict[str, Task]:
+    """Return the task of every expert, in the experts' order. Raises RecipeError where one has none."""
+    if missing := [name for name in recipe.experts if name not in recipe.tasks]:
+        raise RecipeError(
+            f"expert '{missing[0]}' has no task of that name{did_you_mean(missing[0], recipe.tasks)}: "
+            f"name it under [tasks]"
+        )
+    return {name: read_task(recipe.tasks[name]) for name in recipe.experts}
+
+
+def read_splits(recipe: Recipe, tasks: Mapping[str, Task]) -> dict[str, dict[str, Split]]:
+    """Return the val and test rows of every task, cut to the recipe's limits. Raises DataError at one that is missing."""
+    limits = {"val": recipe.limits.val, "test": recipe.limits.test}
+    if recipe.scales and (lacking := [name for name, task in tasks.items() if "val" not in task.splits]):
+        raise DataError(
+            f"task '{lacking[0]}' has no val split to choose a scale on: add one, or set scales = [] to take every "
+            f"sentence as it is written"
+        )
+    return {
+        which: {n: t.split(which).first(limit) for n, t in tasks.items() if which == "test" or which in t.splits}
+        for which, limit in limits.items()
+    }
+
+
+def open_models(
+    recipe: Recipe, whole: Mapping[str, Tensor], sources: Mapping[str, Mapping[str, Tensor]]
+) -> tuple[Any, Mapping[str, Tensor], dict[str, Mapping[str, Tensor]], dict[str, AnyHead]]:
+    """Return the encoder, the base's and the experts' tensors that it uses, and heads where experts bring their own."""
+    options = dict(recipe.model.options)
+    heads: dict[str, AnyHead] = {}
+    if recipe.heads.kind == "expert":
+        split = {name: split_head(path, base=recipe.model.base) for name, path in recipe.experts.items()}
+        sources, heads = {n: s.weights for n, s in split.items()}, {n: s.head for n, s in split.items()}
+        options.setdefault("pooling", next(iter(split.values())).pooling)
+    encoder = open_encoder(recipe.model.encoder, recipe.model.base, **options)
+    if not hasattr(encoder, "prepare"):
+        raise RecipeError(
+            f"encoder '{recipe.model.encoder}' needs a method prepare(raw) that turns a task's rows into inputs"
+        )
+    if hasattr(encoder, "roots"):
+        return encoder, encoder_weights(whole, encoder), {n: _of(n, w, encoder) for n, w in sources.items()}, heads
+    names = [name for name in whole if not matches(name, recipe.own)]
+    kept = {e: [n for n in w if not matches(n, recipe.own)] for e, w in sources.items()}
+    cut = {e: w if len(kept[e]) == len(w) else Renamed(w, {n: n for n in kept[e]}) for e, w in sources.items()}
+    return encoder, whole if len(names) == len(whole) else Renamed(whole, {n: n for n in names}), cut, heads
+
+
+def _of(name: str, weights: Mapping[str, Tensor], encoder: Any) -> Mapping[str, Tensor]:
+    try:
+        return encoder_weights(weights, encoder)
+    except WeightsError as error:
+        raise WeightsError(f"expert '{name}': {error}") from None
+
+
+def check_sentences(recipe: Recipe) -> list[Sentence]:
+    """Return the recipe's sentences, parsed and tried out with as many experts as it has."""
+    sentences = [parse(text) for text in recipe.sentences]
+    for sentence in sentences:
+        if sentence.adapt:
+            adapt_steps(how_text(sentence.adapt))
+            if recipe.inputs is None:
+                raise RecipeError(f"'{sentence}' adapts on unlabeled inputs, but the recipe has no [inputs] files")
+        try_out(sentence.merging, len(recipe.experts))
+    return sentences
+
+
+def check_finite(name: str, weights: Mapping[str, Tensor]) -> None:
+    """Raise WeightsError at the first tensor with NaN or inf."""
+    for tensor in weights:
+        value = weights[tensor]
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            who = "the base" if name == "base" else f"expert '{name}'"
+            raise WeightsError(f"{who} has NaN or inf in tensor '{tensor}': repair or leave out that checkpoint")
+
+
+def make_heads(
+    recipe: Recipe, encoder: Any, base: Mapping[str, Tensor], tasks: Mapping[str, Task]
+) -> dict[str, AnyHead]:
+    """Return a head for every task, of the recipe's kind. Raises HeadError where the kind cannot be had."""
+    part = recipe.heads
+    scale = {} if part.scale is None else {"scale": part.scale}
+    if part.kind == "linear":
+        return linear_heads(part.file, tasks)
+    heads: dict[str, AnyHead] = {}
+    for name, task in tasks.items():
+        if part.kind == "class-mean":
+            train = task.split("train").first(recipe.limits.train)
+            x = features(encoder, base, encoder.prepare(train.raw), kind=recipe.model.precision)
+            heads[name] = class_mean_head(x, torch.from_numpy(train.labels), len(task.classes), **scale)
+        else:
+            heads[name] = prompt_head(encoder, task, scale)
+    return heads
+
+
+def prompt_head(encoder: Any, task: Task, scale: Mapping[str, float]) -> AnyHead:
+    """Return the zero-shot head of ``task`` from its prompts as the encoder embeds them."""
+    if not hasattr(encoder, "prompts"):
+        raise HeadError(f"task '{task.name}': this encoder cannot embed prompts; choose another [heads] kind")
+    prompts = task.prompts()
+    embedded = encoder.prompts([prompt for per_class in prompts for prompt in per_class])
+    default = {"scale": encoder.logit_scale} if hasattr(encoder, "logit_scale") else {"scale": 20.0}
+    return zero_shot_head(embedded.reshape(len(prompts), len(prompts[0]), -1), **{**default, **scale})
+
+
+def linear_heads(file: Path | None, tasks: Mapping[str, Task]) -> dict[str, AnyHead]:
+    """Return the heads stored in a safetensors ``file`` as TASK.weight and, if there is one, TASK.bias."""
+    if file is None:
+        raise HeadError('[heads] kind = "linear" needs file = "heads.safetensors" with TASK.weight and TASK.bias')
+    stored = Stored(file)
+    if missing := [name for name in tasks if f"{name}.weight" not in stored]:
+        raise HeadError(f"{file}: has no '{missing[0]}.weight' for task '{missing[0]}'")
+    return {
+        n: linear_head(stored[f"{n}.weight"], stored[f"{n}.bias"] if f"{n}.bias" in stored else None) for n in tasks
+    }

@@ -1,0 +1,168 @@
+"""What ``recipe.toml`` may say. Paths are relative to the recipe's folder.
+
+title = "eight sentence tasks"
+sentences = ["task_arithmetic | scale(by=0.3)", "ri(steps=300) | task_arithmetic | scale(by=0.3)"]
+scales = [0.2, 0.4, 0.6]          # tried on the validation splits; [] takes every sentence as it is written
+
+[model]
+base = "models/base"              # a Hugging Face folder, or what your own factory reads
+encoder = "text"                  # "text", "image", "module:function" or "./file.py:function"
+
+[experts]
+sst2 = "models/sst2"
+
+[tasks]                           # a folder each, or folder = "tasks" for all that lie in one
+sst2 = "tasks/sst2"
+
+[inputs]                          # unlabeled
+files = ["inputs/sentences.txt.gz"]
+"""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import RecipeError, did_you_mean
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelPart(_Part):
+    """The network: where the base lies and how it is called. ``options`` go to the encoder's factory."""
+
+    base: Path
+    encoder: str = "text"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    options: dict[str, Any] = {}
+
+
+class HeadsPart(_Part):
+    """Heads: "zero-shot" (from the classes' phrases), "class-mean" (from the base's features of the training split),
+    "expert" (split off each expert's checkpoint) or "linear" (from a safetensors ``file``: TASK.weight, TASK.bias).
+    """
+
+    kind: Literal["zero-shot", "class-mean", "expert", "linear"] = "zero-shot"
+    scale: float | None = None
+    file: Path | None = None
+
+
+class InputsPart(_Part):
+    """Unlabeled inputs: text files (one a line) or ``.npz`` images, at most ``limit`` of them, an equal share a file."""
+
+    files: list[Path] = Field(min_length=1)
+    limit: Positive | None = None
+
+
+class LimitPart(_Part):
+    """At most so many rows of each task's splits are used, the first ones (None: all)."""
+
+    train: Positive | None = None
+    val: Positive | None = 500
+    test: Positive | None = None
+    diagnose: Positive = 300
+
+
+class Recipe(_Part):
+    """A whole run: base, experts, tasks, inputs and sentences."""
+
+    title: str = "merge"
+    command: str | None = None
+    seed: int = 0
+    sentences: list[str] = Field(min_length=1)
+    scales: list[float] = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0]
+    own: list[str] = []
+    model: ModelPart
+    experts: dict[str, Path] = Field(min_length=1)
+    tasks: dict[str, Path]
+    heads: HeadsPart = HeadsPart()
+    inputs: InputsPart | None = None
+    limits: LimitPart = LimitPart()
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Return the recipe at ``path`` with its paths made absolute. Raises RecipeError: one line, key and remedy."""
+    path = Path(path)
+    try:
+        told = tomllib.loads(path.read_text())
+    except OSError:
+        raise RecipeError(f"{path}: no such recipe") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not valid TOML: {error}") from None
+    try:
+        return made_absolute(Recipe.model_validate(told), path.resolve().parent)
+    except ValidationError as error:
+        raise RecipeError(f"{path}: {_first(error, told)}") from None
+
+
+def made_absolute(recipe: Recipe, folder: Path) -> Recipe:
+    """Return ``recipe`` with every path taken from ``folder``; ``tasks.folder`` becomes the tasks that lie in it."""
+    tasks = dict(recipe.tasks)
+    if "folder" in tasks and not (folder / tasks["folder"] / "task.toml").exists():
+        root = folder / tasks.pop("folder")
+        found = {p.parent.name: p.parent for p in sorted(root.glob("*/task.toml"))}
+        tasks = {**{name: found[name] for name in recipe.experts if name in found}, **tasks}
+    encoder = recipe.model.encoder
+    if encoder.startswith("."):
+        encoder = str((folder / encoder).resolve())
+    return recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"base": folder / recipe.model.base, "encoder": encoder}),
+            "experts": {k: folder / v for k, v in recipe.experts.items()},
+            "tasks": {k: folder / v for k, v in tasks.items()},
+            "heads": recipe.heads.model_copy(update={"file": recipe.heads.file and folder / recipe.heads.file}),
+            "inputs": recipe.inputs
+            and recipe.inputs.model_copy(update={"files": [folder / f for f in recipe.inputs.files]}),
+        }
+    )
+
+
+def _first(error: ValidationError, told: dict[str, Any]) -> str:
+    # a misspelt key shows up as an unknown one and a missing one: the unknown one says more
+    problem = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    where = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "extra_forbidden":
+        *parents, last = problem["loc"]
+        part: Any = Recipe
+        for parent in parents:
+            part = part.model_fields[parent].annotation if hasattr(part, "model_fields") else part
+        known = getattr(part, "model_fields", Recipe.model_fields)
+        return f"unknown key '{where}'{did_you_mean(str(last), known)}; known: {', '.join(known)}"
+    if problem["type"] == "missing":
+        return f"lacks '{where}'"
+    return f"'{where}': {problem['msg'].lower()}, got {problem['input']!r}"
+
+
+def to_toml(recipe: Recipe) -> str:
+    """Return the recipe as TOML text that `read_recipe` reads back."""
+    told = recipe.model_dump(mode="json", exclude_none=True)
+    tables = {k: v for k, v in told.items() if isinstance(v, dict)}
+    lines = [f"{key} = {_value(value)}" for key, value in told.items() if key not in tables]
+    for name, table in tables.items():
+        lines += ["", f"[{name}]"]
+        lines += [f"{_key(k)} = {_value(v)}" for k, v in table.items() if not (isinstance(v, dict) and not v)]
+    return "\n".join(lines) + "\n"
+
+
+def _key(key: str) -> str:
+    import json
+
+    return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else json.dumps(key)
+
+
+def _value(value: Any) -> str:
+    import json
+
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_key(k)} = {_value(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        inner = [_value(v) for v in value]
+        return (
+            "[" + ", ".join(inner) + "]" if len(str(inner)) < 100 else "[\n" + "".join(f"  {v},\n" for v in inner) + "]"
+        )
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,270 @@
+"""The main job: recipe -> adapt -> merge -> evaluate -> diagnose -> report, doing only what is not done yet.
+
+FOLDER/recipe.toml            the recipe as it ran
+FOLDER/adapted/NAME/EXPERT/   adapted experts, each with its card and log
+FOLDER/rows/NAME.json         what one sentence scored, with every prediction
+FOLDER/merged/                the model of the sentence that was best on the validation splits
+FOLDER/scores.json  diagnosis.json  run.json  report.html
+"""
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .adapt import adapt, how_text
+from .card import key_of, read_card, read_json, versions, write_json
+from .diagnose.interference import diagnose
+from .evaluate.run import Model, evaluate
+from .evaluate.table import Row, overall_gain, read_rows, table, write_rows
+from .merge import applied, merge, merged_deltas
+from .prepare import Prepared, prepare
+from .progress import Progress, silent
+from .recipe import Recipe, read_recipe, to_toml
+from .sentence import Sentence, parse
+from .sweep import best_row, score_experts, score_sentence
+
+
+@dataclass
+class _Stages:
+    """What was done in this run, how long it took, and what was found done."""
+
+    folder: Path
+    progress: Progress
+    done: list[dict[str, Any]] = field(default_factory=list)
+
+    def rows(self, name: str, key: Any, work: Callable[[], list[Row]]) -> list[Row]:
+        """Return rows from ``rows/NAME.json`` if they are of this key, else work them out and write them."""
+        path = self.folder / "rows" / f"{slug(name)}.json"
+        started = time.monotonic()
+        found = read_rows(path, key_of(key))
+        if found is None:
+            write_rows(path, key_of(key), rows := work())
+            found = rows
+            self.note(f"score {name}", started)
+        else:
+            self.note(f"score {name}", started, reused=True)
+        return found
+
+    def note(self, name: str, started: float, reused: bool = False) -> None:
+        seconds = round(time.monotonic() - started, 3)
+        self.done.append(
+            {"name": name, "seconds": seconds, "reused": reused, "done": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        )
+
+
+def run(recipe: "Recipe | str | Path", to: str | Path = "run", *, progress: Progress = silent) -> Path:
+    """Run a recipe into the folder ``to`` and return the report's path.
+
+    A second run does only what is missing; a changed knob redoes only what depends on it; a killed run goes on from its
+    last checkpoint. Raises the errors of `prepare` before any long work.
+    """
+    from .report.page import report
+
+    if not isinstance(recipe, Recipe):
+        recipe = read_recipe(recipe)
+    folder = Path(to)
+    started = time.monotonic()
+    ready = prepare(recipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.toml").write_text(to_toml(recipe))
+    stages = _Stages(folder, progress)
+    experts = {"": ready.experts, **adapt_all(ready, folder, stages)}
+    rows = score_all(ready, experts, stages)
+    base, own = score_ends(ready, stages)
+    diagnosis = diagnose_all(ready, experts, rows, stages)
+    keep_best(ready, experts, rows, stages)
+    xi = {entry["sentence"]: entry["sum"] for entry in diagnosis["xi"]}
+    told = {
+        "version": 1,
+        "title": recipe.title,
+        "date": time.strftime("%Y-%m-%d"),
+        "seed": recipe.seed,
+        "command": recipe.command or "merganser run recipe.toml",
+        "tasks": _tasks(ready),
+        "adapted": {how: f"adapted/{slug(how)}" for how in experts if how},
+        **table(base, own, rows, xi),
+        "overall": {name: overall_gain(rows, tuned) for name, tuned in (("tuned", True), ("default", False))},
+    }
+    write_json(folder / "scores.json", told)
+    write_json(folder / "diagnosis.json", diagnosis)
+    earlier = (read_json(folder / "run.json") or {}).get("seconds_in_all", 0)
+    seconds = round(time.monotonic() - started, 3)
+    write_json(
+        folder / "run.json",
+        {
+            "version": 1,
+            "stages": stages.done,
+            "seconds": seconds,
+            "seconds_in_all": round(earlier + seconds, 3),
+            "versions": versions(),
+            "inputs": ready.digests,
+        },
+    )
+    return report(folder)
+
+
+def adapt_all(ready: Prepared, folder: Path, stages: _Stages) -> dict[str, Mapping[str, Mapping[str, Tensor]]]:
+    """Adapt the experts for every different adapt part of the sentences; return them by its text."""
+    adapted: dict[str, Mapping[str, Mapping[str, Tensor]]] = {}
+    for how in dict.fromkeys(how_text(s.adapt) for s in ready.sentences if s.adapt):
+        started = time.monotonic()
+        into = folder / "adapted" / slug(how)
+        before = {name: read_card(into / name) for name in ready.experts}
+        adapted[how] = adapt(
+            ready.base,
+            ready.experts,
+            encoder=ready.encoder,
+            heads=ready.heads,
+            inputs=ready.inputs,
+            how=how,
+            into=into,
+            seed=ready.recipe.seed,
+            kind=ready.kind,
+            progress=stages.progress,
+        )
+        stages.note(f"adapt {how}", started, reused=before == {name: read_card(into / name) for name in ready.experts})
+    return adapted
+
+
+def score_all(ready: Prepared, experts: Mapping[str, Any], stages: _Stages) -> list[Row]:
+    """Return the rows of all sentences, in the recipe's order."""
+    rows: list[Row] = []
+    for sentence in ready.sentences:
+        how = how_text(sentence.adapt)
+        key = {
+            "sentence": str(sentence),
+            "scales": ready.recipe.scales,
+            "seed": ready.recipe.seed,
+            "scored_on": ready.scored_on,
+            "experts": _keys(ready, experts[how]),
+        }
+        work = partial(score_sentence, ready, sentence, experts[how], progress=stages.progress)
+        rows += stages.rows(str(sentence), key, work)
+    return rows
+
+
+def score_ends(ready: Prepared, stages: _Stages) -> tuple[Any, Any]:
+    """Return the scores of the base on all tasks and of each expert on its own."""
+    key = {"scored_on": ready.scored_on, "digests": ready.digests}
+
+    def ends() -> list[Row]:
+        base = evaluate(Model(ready.encoder, ready.base, ready.heads, ready.kind), ready.test)
+        return [Row("base", base), Row("experts", score_experts(ready, ready.experts))]
+
+    base, experts = stages.rows("base and experts", key, ends)
+    return base.scores, experts.scores
+
+
+def diagnose_all(ready: Prepared, experts: Mapping[str, Any], rows: list[Row], stages: _Stages) -> dict[str, Any]:
+    """Return drift before and after adapting and the interference of every tuned sentence, as JSON values."""
+    from .models.inputs import Subset, torch
+
+    started = time.monotonic()
+    chosen = [r for r in rows if r.tuned] or rows
+    key = key_of([ready.scored_on, {h: _keys(ready, e) for h, e in experts.items()}, [r.sentence for r in chosen]])
+    found = read_json(stages.folder / "diagnosis.json")
+    if found is not None and found.get("key") == key:
+        stages.note("diagnose", started, reused=True)
+        return found
+    few = ready.recipe.limits.diagnose
+    inputs = {n: Subset(t.inputs, torch.arange(min(few, len(t)))) for n, t in ready.test.items()}
+    told: dict[str, Any] = {
+        "version": 1,
+        "key": key,
+        "tasks": list(ready.heads),
+        "distance": "kl",
+        "drift": [],
+        "xi": [],
+    }
+    for how, models in experts.items():
+        of_this = [r for r in chosen if (r.adapt or "") == how]
+        merged = {r.sentence: _merged(ready, models, parse(r.sentence)) for r in of_this}
+        result = diagnose(
+            ready.base,
+            models,
+            merged,
+            encoder=ready.encoder,
+            heads=ready.heads,
+            inputs=inputs,
+            reference=ready.experts if how else None,
+            kind=ready.kind,
+            progress=stages.progress,
+        )
+        told["drift"].append({"label": f"after {how}" if how else "before", "matrix": result.drift})
+        told["xi"] += [
+            {
+                "sentence": r.sentence,
+                "adapt": r.adapt,
+                "merge": r.merging,
+                "matrix": result.xi[r.sentence],
+                "per_task": [row[i] for i, row in enumerate(result.xi[r.sentence])],
+                "sum": result.total(r.sentence),
+            }
+            for r in of_this
+        ]
+    stages.note("diagnose", started)
+    return told
+
+
+def keep_best(ready: Prepared, experts: Mapping[str, Any], rows: list[Row], stages: _Stages) -> None:
+    """Write the model of the best sentence (by validation) into ``merged/``, loadable by its own library."""
+    started = time.monotonic()
+    best = parse(best_row(rows).sentence)
+    how = how_text(best.adapt)
+    folder = stages.folder / "merged"
+    sources = {**_keys(ready, experts[how]), "sentence": str(best), "seed": ready.recipe.seed}
+    found = read_json(folder / "card.json")
+    if found is not None and found.get("sources") == sources:
+        stages.note(f"write {best}", started, reused=True)
+        return
+    merge(
+        ready.whole,
+        experts[how],
+        best.merging,
+        into=folder,
+        own=ready.left_out,
+        seed=ready.recipe.seed,
+        progress=stages.progress,
+        about={"sentence": str(best), "sources": sources},
+    )
+    stages.note(f"write {best}", started)
+
+
+def slug(text: str) -> str:
+    """Return ``text`` as a file name; long texts end in a part of their digest."""
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.") or "none"
+    return name if len(name) <= 80 else f"{name[:71]}-{key_of(text)[:8]}"
+
+
+def _merged(ready: Prepared, experts: Mapping[str, Any], sentence: Sentence) -> dict[str, Tensor]:
+    delta = dict(merged_deltas(ready.base, experts, sentence.merging, list(ready.base), seed=ready.recipe.seed))
+    return {n: applied(t, delta[n]) if n in delta else t for n, t in ready.base.items()}
+
+
+def _keys(ready: Prepared, experts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what tells these experts apart from others: the card's key of an adapted one, the digest of an original."""
+    keys: dict[str, Any] = {"base": ready.digests["base"]}
+    for name, weights in experts.items():
+        card = read_json(weights.path / "card.json") if weights is not ready.experts[name] else None
+        keys[name] = card["key"] if card else ready.digests[name]
+    return keys
+
+
+def _tasks(ready: Prepared) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "classes": len(task.classes),
+            "val": len(ready.val.get(name, ())),
+            "test": len(ready.test[name]),
+            "metric": task.metric,
+            "kind": task.kind,
+        }
+        for name, task in ready.tasks.items()
+    ]

@@ -1,0 +1,1 @@
+"""Model in, model out: weights become weights before anything is merged."""

@@ -1,0 +1,1 @@
+"""One tensor of all experts in, one merged delta out."""

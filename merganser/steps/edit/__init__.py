@@ -1,0 +1,1 @@
+"""One tensor of one delta in, one out."""

@@ -1,0 +1,101 @@
+"""Many sentences, one table: merge each, choose its scale on the validation splits, score it on the test splits once.
+
+The merged delta is computed once a sentence; every scale is ``base + by * delta``, the very bytes that the sentence
+with ``| scale(by=...)`` gives.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .evaluate.run import Model, Scores, evaluate
+from .evaluate.table import Row
+from .merge import applied, merged_deltas
+from .prepare import Prepared
+from .progress import Progress, silent
+from .sentence import Sentence, Step, find
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A sentence with its last ``scale`` taken off: what is merged once, and the scale as it was written."""
+
+    sentence: Sentence
+    written: float
+
+    def at(self, by: float) -> Sentence:
+        """Return the whole sentence with ``scale(by=by)`` at its end; a scale of 1 is left out."""
+        last = () if by == 1 else (Step("scale", *find("scale"), {"by": by}),)
+        return Sentence((*self.sentence.steps, *last))
+
+
+def split_scale(sentence: Sentence) -> Scaled:
+    """Take a last ``scale(by=x)`` off a sentence."""
+    last = sentence.steps[-1]
+    if last.name == "scale" and len(sentence.after) > 0:
+        return Scaled(Sentence(sentence.steps[:-1]), float(last.knobs.get("by", 1.0)))
+    return Scaled(sentence, 1.0)
+
+
+def is_tuned(sentence: Sentence) -> bool:
+    """Tell whether a scale is tried out: all but plain averaging, whose point is to have no scale."""
+    return sentence.combine.name != "average"
+
+
+def score_sentence(
+    ready: Prepared,
+    sentence: Sentence,
+    experts: Mapping[str, Mapping[str, Tensor]],
+    *,
+    progress: Progress = silent,
+) -> list[Row]:
+    """Return one row for the sentence as written and, where scales are tried, one with the scale chosen on validation."""
+    started = time.monotonic()
+    scaled = split_scale(sentence)
+    delta = dict(
+        merged_deltas(
+            ready.base, experts, scaled.sentence.merging, list(ready.base), seed=ready.recipe.seed, progress=progress
+        )
+    )
+    scales = ready.recipe.scales if is_tuned(sentence) else []
+    points: list[dict[str, float]] = []
+    with progress(f"score {sentence}", len(scales) + 2) as tick:
+        for by in scales:
+            points.append({"scale": by, "val": scores_at(ready, delta, by, "val").mean})
+            tick(1, scale=by, val=points[-1]["val"])
+        best = max(points, key=lambda p: p["val"]) if points else None
+        test = {scaled.written: scores_at(ready, delta, scaled.written, "test")}
+        tick(1)
+        if best is not None and best["scale"] not in test:
+            test[best["scale"]] = scores_at(ready, delta, best["scale"], "test")
+    seconds = round(time.monotonic() - started, 3)
+    merging = str(scaled.sentence.merging)
+    adapted = " | ".join(map(str, sentence.adapt)) or None
+    rows = [Row(str(sentence), test[scaled.written], merging, adapted, scaled.written, False, None, [], seconds)]
+    if best is not None:
+        by = best["scale"]
+        rows.append(Row(str(scaled.at(by)), test[by], merging, adapted, by, True, best["val"], points, seconds))
+    return rows
+
+
+def scores_at(ready: Prepared, delta: Mapping[str, Tensor], by: float, split: str) -> Scores:
+    """Return the scores of ``base + by * delta`` on a split."""
+    merged = {n: applied(t, delta[n] * by) if n in delta else t for n, t in ready.base.items()}
+    return evaluate(Model(ready.encoder, merged, ready.heads, ready.kind), getattr(ready, split))
+
+
+def score_experts(ready: Prepared, experts: Mapping[str, Mapping[str, Tensor]], split: str = "test") -> Scores:
+    """Return each expert's score on its own task."""
+    scores = Scores()
+    for name, weights in experts.items():
+        own = {name: getattr(ready, split)[name]}
+        scores = scores | evaluate(Model(ready.encoder, weights, ready.heads, ready.kind), own)
+    return scores
+
+
+def best_row(rows: Sequence[Row]) -> Row:
+    """Return the row to keep: the best on validation, else the first."""
+    tried = [row for row in rows if row.val is not None]
+    return max(tried, key=lambda row: row.val or 0.0) if tried else rows[0]

@@ -1,0 +1,81 @@
+"""Save a model so that its own library loads it: weights, the base's config and tokenizer, a card."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..card import write_card
+from .stored import INDEX, PICKLES, Stored
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HEAVY = (".safetensors", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", *PICKLES)
+NOT_CARRIED = {INDEX, "README.md", "card.json", "model.safetensors", ".gitattributes"}
+
+
+def save(weights: "Mapping[str, Tensor]", folder: str | Path, card: Mapping[str, Any] | None = None) -> Stored:
+    """Write ``weights`` into ``folder`` as safetensors (Hub conventions) with ``card`` beside them, all or nothing.
+
+    The card goes to ``card.json`` and, in short, into the safetensors metadata.
+    """
+    from .sink import Sink, spec_of
+
+    sink = Sink(folder, spec_of(weights), metadata=short(card))
+    try:
+        for name in weights:
+            sink.put(name, weights[name])
+    except BaseException:
+        sink.abandon()
+        raise
+    stored = sink.close()
+    if card is not None:
+        write_card(Path(folder), card)
+    return stored
+
+
+def short(card: Mapping[str, Any] | None) -> dict[str, str]:
+    """Return the part of a card that fits safetensors metadata: strings only."""
+    keep = {k: card[k] for k in ("kind", "sentence", "key", "seed") if k in card} if card else {}
+    return {f"merganser.{k}": v if isinstance(v, str) else json.dumps(v) for k, v in keep.items()}
+
+
+def carry(base: Path, folder: Path) -> list[str]:
+    """Copy what a model's own library needs beside the weights (config, tokenizer, pooling) from ``base``."""
+    carried = []
+    for path in sorted(p for p in base.rglob("*") if p.is_file()) if base.is_dir() else []:
+        inside = path.relative_to(base)
+        hidden = any(part.startswith(".") for part in inside.parts)
+        if hidden or path.suffix in HEAVY or path.name in NOT_CARRIED or path.stat().st_size > 50_000_000:
+            continue
+        target = folder / inside
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path.resolve() != target.resolve():
+            shutil.copyfile(path, target)
+        carried.append(str(inside))
+    return carried
+
+
+def write_readme(folder: Path, card: Mapping[str, Any], base: str | None) -> None:
+    """Write the model card the Hub reads: base model, relation, the sentence and where each input came from."""
+    front = ["---", "tags: [merge, merganser]"]
+    if base:
+        front += [f"base_model: {json.dumps(base)}", "base_model_relation: merge"]
+    experts = [name for name in card.get("inputs", {}) if name != "base"]
+    body = [
+        "---",
+        "",
+        f"# Merge of {len(experts)} experts",
+        "",
+        "Made by [merganser](https://pypi.org/project/merganser/) with",
+        "",
+        f"    {card.get('sentence', '')}",
+        "",
+        "| input | SHA-256 |",
+        "|---|---|",
+        *(f"| {name} | `{sha}` |" for name, sha in card.get("inputs", {}).items()),
+        "",
+    ]
+    (folder / "README.md").write_text("\n".join(front + body))

@@ -1,0 +1,91 @@
+"""TIES, task arithmetic and DARE against the numbers of the published code.
+
+Not offered, hence not compared (the last test keeps this list complete):
+  ties/rand_noelect, _normfrac, _normmass   other sign rules, in the code but not in the paper's method
+  dare/mergelm_magnitude_*                  DARE without the dice: magnitude pruning is the step `trim`
+  dare/mergelm_random_p1                    keeps nothing; our `keep` lies in (0, 1], so it is refused
+"""
+
+import pytest
+import torch
+from cases import described, tensors
+from torch import Tensor
+
+from merganser.steps.combine.task_arithmetic import task_arithmetic
+from merganser.steps.combine.ties import passes, ties
+from merganser.steps.edit.dare import dare
+
+CASES = described("ties_dare")
+FLAT = [
+    n for n, c in CASES.items() if n.startswith("ties/") and c["params"].get("resolve") == "mass" and "/sd_" not in n
+]
+WHOLE = [n for n in CASES if n.startswith("ties/sd_")]
+DICE = [n for n in CASES if n.startswith("dare/") and "magnitude" not in n and not n.endswith("_p1")]
+NOT_OFFERED = ["ties/rand_noelect", "ties/rand_norm", "dare/mergelm_magnitude", "dare/mergelm_random_p1"]
+
+
+def knobs(case: str) -> dict:
+    params = CASES[case]["params"]
+    share = params["K"] / 100 if params["K"] > 1 else params["K"]
+    return {"density": share, "merge": params["merge_func"].removeprefix("dis-"), "rule": "reference"}
+
+
+@pytest.mark.parametrize("case", FLAT)
+def test_ties(case: str) -> None:
+    inputs, outputs = tensors("ties_dare", case)
+    torch.testing.assert_close(ties(inputs["tv"], **knobs(case)), outputs["merged_tv"], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("case", FLAT)
+def test_ties_trims_what_the_reference_trims(case: str) -> None:
+    """One expert alone at merge="sum" shows which of its entries survive the trim."""
+    inputs, outputs = tensors("ties_dare", case)
+    alone = {**knobs(case), "merge": "sum"}
+    for delta, mask in zip(inputs["tv"], outputs["trim_mask"], strict=True):
+        assert torch.equal(ties(delta[None], **alone), delta * mask)
+
+
+@pytest.mark.parametrize("case", [c for c in FLAT if "rand" in c])
+def test_our_rule_keeps_one_entry_less(case: str) -> None:
+    inputs, _ = tensors("ties_dare", case)
+    for delta in inputs["tv"]:
+        kept = [int((ties(delta[None], **{**knobs(case), "rule": rule}) != 0).sum()) for rule in ("exact", "reference")]
+        assert kept == [int(knobs(case)["density"] * len(delta)), int(knobs(case)["density"] * len(delta)) + 1]
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_ties_of_a_whole_model_streamed(case: str) -> None:
+    """Threshold and majority sign are the model's, though each tensor is seen alone."""
+    inputs, outputs = tensors("ties_dare", case)
+    names = sorted(k.removeprefix("ptm.") for k in inputs if k.startswith("ptm."))
+    deltas = {n: torch.stack([inputs[f"ft{i}.{n}"] - inputs[f"ptm.{n}"] for i in range(3)]) for n in names}
+    survey: list[Tensor] = []
+    for look in passes(**knobs(case)):
+        survey.append(sum((look(d, survey) for d in deltas.values()), torch.tensor(0)))
+    for name in names:
+        merged = inputs[f"ptm.{name}"] + CASES[case]["params"]["lam"] * ties(deltas[name], survey=survey, **knobs(case))
+        torch.testing.assert_close(merged, outputs[f"merged.{name}"], rtol=1e-6, atol=1e-7)
+
+
+def test_task_arithmetic() -> None:
+    inputs, outputs = tensors("ties_dare", "ties/rand_task_arithmetic_sum")
+    torch.testing.assert_close(task_arithmetic(inputs["tv"]), outputs["merged_tv"], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("case", DICE)
+def test_dare_drops_the_same_entries_from_the_same_seed(case: str) -> None:
+    params = CASES[case]["params"]
+    drop, rescale = (
+        params.get(a, params.get(b)) for a, b in (("mask_rate", "sparsity_level"), ("use_rescale", "rescale"))
+    )
+    inputs, outputs = tensors("ties_dare", case)
+    ours = dare(inputs["delta"], keep=1 - drop, rescale=rescale, rng=torch.Generator().manual_seed(params["seed"]))
+    torch.testing.assert_close(ours, outputs["delta"], rtol=1e-6, atol=1e-7)
+    if "drop_mask" in inputs:
+        assert torch.equal(ours == 0, inputs["drop_mask"].bool())
+
+
+def test_every_case_is_compared_or_named_above() -> None:
+    compared = {*FLAT, *WHOLE, *DICE, "ties/rand_task_arithmetic_sum"}
+    left = [n for n in CASES if n not in compared and not any(n.startswith(x) for x in NOT_OFFERED)]
+    assert not left
