@@ -89,8 +89,8 @@ def scale_panel(
             gid = f"test{index}"
             axes.plot(*_columns(tested), "o-", color=HEX[colour], linewidth=1.8, markersize=3.6, gid=gid)
             tips[gid] = [f"{label}, scale {x:g}: {y:.1f} on test" for x, y in tested]
-            nearest = min(tested, key=lambda point: abs(point[0] - chosen), default=None) if chosen is not None else None
-            if nearest:
+            if chosen is not None and tested:
+                nearest = min(tested, key=lambda point: abs(point[0] - chosen))
                 axes.plot(
                     *_columns([nearest]), "o", markersize=10, markerfacecolor="none", markeredgewidth=1.8,
                     markeredgecolor=HEX[colour], gid=f"chosen{index}",
@@ -160,7 +160,7 @@ def _house_style() -> Iterator[None]:
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # a person's own matplotlibrc must not change the page
         style: dict[str, Any] = {
-            "svg.fonttype": "none", "svg.hashsalt": "merganser", "text.parse_math": False, "font.size": 10.5, "axes.formatter.use_mathtext": False,
+            "svg.fonttype": "none", "svg.hashsalt": "merganser", "text.parse_math": False, "font.size": 10.5,
             "axes.edgecolor": HEX["rule"], "axes.labelcolor": HEX["muted"], "axes.linewidth": 1.0, "axes.grid": True,
             "axes.grid.axis": "y", "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
             "axes.spines.left": False, "axes.labelsize": 10.5, "grid.color": HEX["rule"], "grid.linewidth": 0.8,
@@ -168,7 +168,7 @@ def _house_style() -> Iterator[None]:
             "ytick.labelcolor": HEX["muted"], "ytick.major.size": 0, "ytick.minor.size": 0, "xtick.minor.size": 0,
             "xtick.labelsize": 10, "ytick.labelsize": 10, "text.color": HEX["ink"], "lines.solid_capstyle": "round",
         }  # fmt: skip
-        matplotlib.rcParams.update(style)
+        matplotlib.rcParams.update(style)  # type: ignore[arg-type]
         yield
 
 
@@ -182,7 +182,7 @@ def _inline(svg: bytes, label: str, prefix: str, tips: dict[str, list[str]]) -> 
                 element.set(key.rpartition("}")[2], element.attrib.pop(key))
     for parent in list(root.iter()):
         for child in list(parent):
-            if child.tag in ("metadata", "style") or child.tag == "defs" and not len(child):
+            if child.tag in ("metadata", "style") or (child.tag == "defs" and not len(child)):
                 parent.remove(child)
     for gid, texts in tips.items():
         _attach(root, gid, texts)
@@ -197,7 +197,7 @@ def _inline(svg: bytes, label: str, prefix: str, tips: dict[str, list[str]]) -> 
     _flatten(root)
     root.attrib = {"viewBox": root.get("viewBox", ""), "role": "img", "aria-label": label}
     text = re.sub(r">\s+<", "><", ET.tostring(root, encoding="unicode"))
-    return Markup(text)  # noqa: S704  serialised by ElementTree, which escapes every text in it
+    return Markup(text)  # ElementTree escapes every text it serialises
 
 
 def _flatten(parent: ET.Element) -> None:
@@ -207,7 +207,7 @@ def _flatten(parent: ET.Element) -> None:
         _flatten(child)
         if child.tag in ("g", "defs") and not child.attrib:
             children += [child] if child.tag == "defs" and len(child) else list(child)
-        elif "fill: none" != child.get("style", "").strip():
+        elif child.get("style", "").strip() != "fill: none":
             children.append(child)
     parent[:] = children
 
@@ -227,6 +227,8 @@ def _references(value: str) -> list[str]:
 
 
 def _clean(key: str, value: str, prefix: str) -> str:
+    if key == "data-tip":
+        return value
     if key == "id":
         return f"{prefix}-{value}"
     if key == "href":

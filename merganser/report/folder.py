@@ -136,13 +136,14 @@ class Diagnosis(Said):
     @model_validator(mode="after")
     def _square(self) -> "Diagnosis":
         n = len(self.tasks)
-        for where, items in (("drift", self.drift), ("xi", self.xi)):
-            for index, item in enumerate(items):
-                matrix = item.matrix
-                if matrix is not None and (len(matrix) != n or any(len(line) != n for line in matrix)):
-                    raise ValueError(f"{where}.{index}.matrix is not {n} x {n}")
-                if isinstance(item, Xi) and len(item.per_task) != n:
-                    raise ValueError(f"{where}.{index}.per_task does not hold {n} values")
+        matrices = {f"drift.{index}": item.matrix for index, item in enumerate(self.drift)}
+        matrices |= {f"xi.{index}": item.matrix for index, item in enumerate(self.xi) if item.matrix is not None}
+        for where, matrix in matrices.items():
+            if len(matrix) != n or any(len(line) != n for line in matrix):
+                raise ValueError(f"{where}.matrix is not {n} x {n}")
+        for index, item in enumerate(self.xi):
+            if len(item.per_task) != n:
+                raise ValueError(f"xi.{index}.per_task does not hold {n} values")
         return self
 
 

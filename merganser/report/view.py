@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from . import charts, words
-from .folder import Curve, Drift, Gain, Matrix, Run, Row, Score, Xi
+from .folder import Curve, Drift, Gain, Matrix, Row, Run, Score, Xi
 from .words import interval, nats, percent, signed
 
 View = dict[str, Any]
@@ -57,6 +57,7 @@ def headline(run: Run) -> View:
     written = {(g.merge, rows[g.with_].adapt): g for g in run.scores.gains if not g.tuned}
     adapts = [rows[gain.with_].adapt for gain in gains]
     who = words.subject(adapts)
+    what = "mergers" if len(set(adapts)) == 1 else "comparisons"
     lines = []
     track = _Track(run, gains)
     for gain in gains:
@@ -71,7 +72,8 @@ def headline(run: Run) -> View:
         })  # fmt: skip
     best = best_row(run, adapted=False) or best_row(run, adapted=True)
     return {
-        "who": who, "lines": lines, "lead": words.lead(gains, who, "mergers" if len(set(adapts)) == 1 else "comparisons") if len(gains) > 1 else None, "tuned": bool(written),
+        "who": who, "lines": lines, "lead": words.lead(gains, who, what) if len(gains) > 1 else None,
+        "tuned": any(gain.tuned for gain in gains),
         "axis": track.axis(), "nothing": None if gains or best is None else {
             "merge": best.merge, "score": percent(best.mean.score), "interval": interval(best.mean),
             "experts": percent(run.scores.experts.mean.score), "base": percent(run.scores.base.mean.score),
@@ -112,7 +114,7 @@ class _Track:
 def tiles(run: Run) -> list[View]:
     """The few numbers to take away."""
     scores = run.scores
-    found = [
+    found: list[View] = [
         {"name": "Base model", "value": percent(scores.base.mean.score), "note": "before any fine-tuning"},
         {"name": "Experts", "value": percent(scores.experts.mean.score), "note": "each on its own task: the ceiling"},
     ]
@@ -124,7 +126,7 @@ def tiles(run: Run) -> list[View]:
                 "name": name, "value": percent(row.mean.score), "sentence": row.sentence, "kind": kind, "ahead": ahead,
             })  # fmt: skip
     if adapted:
-        pair = next((r for r in scores.rows if (r.merge, r.tuned, r.adapt) == (adapted.merge, adapted.tuned, None)), None)
+        pair = _row(run, adapted.merge, None, adapted.tuned)
         before, after = _xi_of(run, pair), _xi_of(run, adapted)
         if pair and math.isfinite(before) and math.isfinite(after):
             value = {"was": nats(before), "value": nats(after), "change": words.change(before, after)}
@@ -134,6 +136,10 @@ def tiles(run: Run) -> list[View]:
         value = {"was": nats(drifts[0]), "value": nats(drifts[1]), "change": words.change(drifts[0], drifts[1])}
         found.append({"name": "Drift on others’ heads", **value, "note": "nats, mean over experts and heads"})
     return found
+
+
+def _row(run: Run, merge: str, adapt: str | None, tuned: bool) -> Row | None:
+    return next((r for r in run.scores.rows if (r.merge, r.adapt, r.tuned) == (merge, adapt, tuned)), None)
 
 
 def _xi_of(run: Run, row: Row | None) -> float:
@@ -151,7 +157,7 @@ def score_table(run: Run, tuned: bool, titles: dict[str, str]) -> View | None:
         return None
     gains = {gain.with_: gain for gain in scores.gains if gain.tuned == tuned}
     merges = list(dict.fromkeys(row.merge for _, row in rows))
-    groups = []
+    groups: list[list[View]] = []
     for merge in merges:
         same = sorted((item for item in rows if item[1].merge == merge), key=lambda item: item[1].adapt is not None)
         groups.append([
@@ -367,7 +373,7 @@ def scales_view(run: Run, prefix: str) -> list[View]:
         curves.sort(key=lambda curve: curve.adapt is not None)
         drawn = []
         for curve in curves:
-            row = next((r for r in scores.rows if (r.merge, r.adapt, r.tuned) == (merge, curve.adapt, True)), None)
+            row = _row(run, merge, curve.adapt, tuned=True)
             points = [(point.scale, point.val, point.test) for point in sorted(curve.points, key=lambda p: p.scale)]
             drawn.append((_kind(curve.adapt), _label(curve.adapt), points, row.scale if row else None))
         svg = charts.scale_panel(merge, drawn, levels, span, f"{prefix}-s{index}")
@@ -397,14 +403,14 @@ def comparison(runs: Sequence[Run]) -> View:
     keys = dict.fromkeys((row.merge, row.adapt, row.tuned) for run in runs for row in run.scores.rows)
     merges = list(dict.fromkeys(merge for merge, _, _ in keys))
     order = sorted(keys, key=lambda key: (not key[2], merges.index(key[0]), key[1] is not None))
-    rows = []
+    rows: list[View] = []
     for merge, adapt, tuned in order:
         cells = []
         for run in runs:
-            alike = (i for i, r in enumerate(run.scores.rows) if (r.merge, r.adapt, r.tuned) == (merge, adapt, tuned))
-            index = next(alike, None)
-            cell = _score_cell(run.scores.rows[index].mean if index is not None else None, "mean")
-            cell["gain"] = next((_gain_cell(g) for g in run.scores.gains if g.with_ == index and g.tuned == tuned), None)
+            row = _row(run, merge, adapt, tuned)
+            gain = next((g for g in run.scores.gains if run.scores.rows[g.with_] is row), None)
+            cell = _score_cell(row.mean if row else None, "mean")
+            cell["gain"] = _gain_cell(gain) if gain else None
             cells.append(cell)
         sentence = f"{adapt} | {merge}" if adapt else merge
         first = not rows or (rows[-1]["merge"], rows[-1]["tuned"]) != (merge, tuned)

@@ -93,7 +93,7 @@ def numbers(gain: Gain, without: Row, with_: Row) -> str:
 
 
 def lead(gains: Sequence[Gain], who: str, what: str) -> str:
-    """The first line of the page for several mergers (or comparisons, ``what``): how often it helped, hurt, or cannot be told."""
+    """The first line of the page for several mergers (``what``): how often it helped, hurt, or cannot be told."""
     said = [verdict(gain.gain) for gain in gains]
     n, better, worse, unclear = len(said), said.count("better"), said.count("worse"), said.count("unclear")
     every = f"both {what}" if n == 2 else f"all {n} {what}"

@@ -96,7 +96,9 @@ def made_scores(tasks: int, adapt: str | None, sign: float, rng: random.Random, 
 def made_diagnosis(scores: dict[str, Any], adapt: str | None, rng: random.Random) -> dict[str, Any]:
     names = [task["name"] for task in scores["tasks"]]
     loud = [rng.uniform(0.3, 1.6) for _ in names]
-    before = [[0.0 if i == j else loud[i] * rng.uniform(0.2, 1.4) for j in range(len(names))] for i in range(len(names))]
+    before = [
+        [0.0 if i == j else loud[i] * rng.uniform(0.2, 1.4) for j in range(len(names))] for i in range(len(names))
+    ]
     after = [
         [rng.uniform(0.004, 0.02) if i == j else value * rng.uniform(0.02, 0.12) for j, value in enumerate(line)]
         for i, line in enumerate(before)

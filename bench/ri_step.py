@@ -1,0 +1,183 @@
+"""One RI step against the naive one (three forward passes, a loop over heads) and against a supervised step.
+
+    python bench/ri_step.py                     both encoders, 8 and 20 heads; prints ratios of medians
+    python bench/ri_step.py --json out.json
+
+The three run in turn in one process, a few steps each, for several rounds; the ratio is taken round by round, so it
+holds when the machine's speed drifts. Same encoder, batch, precision, optimiser and clipping for all three. Computing
+the targets once, before the first step, is not part of a step; its seconds are printed beside.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from merganser.evaluate.run import Labelled
+from merganser.models.encoder import bound, precision
+from merganser.models.heads import Head
+from merganser.models.inputs import Texts, take
+from merganser.steps.adapt.ri import ri
+from merganser.suites.cache import cache_folder
+from merganser.suites.finetune import finetune
+from merganser.train import Order, Plan
+
+CLASSES = {  # of the paper's 20 tasks, in its order; the first 8 are the usual ones
+    "cars": 196, "dtd": 47, "eurosat": 10, "gtsrb": 43, "mnist": 10, "resisc45": 45, "svhn": 10, "sun397": 397,
+    "stl10": 10, "pets": 37, "flowers": 102, "cifar100": 100, "pcam": 2, "fer2013": 7,
+    "cifar10": 10, "food101": 101, "fashion": 10, "sst2": 2, "emnist": 10, "kmnist": 10,
+}  # fmt: skip
+
+
+def minilm():
+    from merganser.models.open import open_encoder
+    from merganser.suites.minilm import write_minilm
+    from merganser.weights.stored import Stored
+
+    folder = write_minilm(cache_folder() / "minilm")
+    encoder = open_encoder("text", folder)
+    rng = torch.Generator().manual_seed(0)
+    texts = Texts([torch.randint(1000, 20000, (24,), generator=rng) for _ in range(512)])
+    return encoder, dict(Stored(folder)), texts, 384, 32
+
+
+def clip():
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.CLIPVisionConfig(hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
+                                           intermediate_size=3072, patch_size=32, image_size=224, projection_dim=512)  # fmt: skip
+
+    class Vision(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = transformers.CLIPVisionModelWithProjection(config)
+
+        def forward(self, pixels):
+            return self.model(pixel_values=pixels).image_embeds
+
+    encoder = Vision().eval()
+    weights = {n: t.detach() for n, t in encoder.state_dict().items()}
+    return encoder, weights, torch.randn(128, 3, 224, 224, generator=torch.Generator().manual_seed(0)), 512, 16
+
+
+def moved(weights, encoder):
+    known = bound(encoder, weights)
+    prefix = getattr(encoder, "prefix", "")
+    frozen = lambda n: not weights[n].is_floating_point() or n.startswith("embeddings.") or prefix + n not in known  # noqa: E731
+    rng = torch.Generator().manual_seed(1)
+    return {n: t if frozen(n) else t + 1e-3 * torch.randn(t.shape, generator=rng) for n, t in weights.items()}
+
+
+def ours(encoder, base, expert, heads, inputs, batch, steps):
+    times = []
+    tick = lambda *a, **k: times.append(time.perf_counter())  # noqa: E731
+    started = time.perf_counter()
+    ri(expert, base, heads, inputs, own=next(iter(heads)), encoder=encoder, steps=steps + 1, lr=1e-5, batch=batch,
+       held_out=0.0, _precision="bf16", _tick=tick)  # fmt: skip
+    return [b - a for a, b in zip(times, times[1:], strict=False)], times[0] - started
+
+
+def naive(encoder, base, expert, heads, inputs, batch, steps):
+    own = next(iter(heads))
+    prefix = getattr(encoder, "prefix", "")
+    fixed = {name: bound(encoder, w) for name, w in (("base", base), ("expert", expert))}
+    trained = {n: expert[n].clone().requires_grad_(True) for n in expert if not torch.equal(expert[n], base[n])}
+    optimiser = torch.optim.AdamW(list(trained.values()), lr=1e-5, weight_decay=1e-4, fused=True)
+    order = Order(len(inputs), batch, 0, getattr(inputs, "lengths", None))
+    seconds = []
+    for step in range(steps + 1):
+        started = time.perf_counter()
+        x = take(inputs, order(step))
+        with torch.no_grad(), precision("bf16"):
+            f_base = torch.func.functional_call(encoder, fixed["base"], (x,)).float()
+            f_expert = torch.func.functional_call(encoder, fixed["expert"], (x,)).float()
+        with precision("bf16"):
+            weights = fixed["expert"] | {prefix + n: t for n, t in trained.items()}
+            f_student = torch.func.functional_call(encoder, weights, (x,)).float()
+        loss = 0.0
+        for name, head in heads.items():
+            with torch.no_grad():
+                target = head(f_expert if name == own else f_base).softmax(1)
+            kl = F.kl_div(head(f_student).log_softmax(1), target, reduction="batchmean")
+            loss = loss + (kl if name == own else kl / (len(heads) - 1))
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(trained.values()), 1.0)
+        optimiser.step()
+        seconds.append(time.perf_counter() - started)
+    return seconds[1:], 0.0
+
+
+def supervised(encoder, base, expert, heads, inputs, batch, steps):
+    head = next(iter(heads.values()))
+    labels = np.arange(len(inputs)) % len(head.weight)
+    times = []
+    tick = lambda *a, **k: times.append(time.perf_counter())  # noqa: E731
+    frozen = [n for n in base if torch.equal(base[n], expert[n])]
+    finetune(expert, encoder, head, Labelled(inputs, labels), Plan(steps + 1, 1e-5, 1e-4), batch=batch, frozen=frozen,
+             kind="bf16", tick=tick)  # fmt: skip
+    return [b - a for a, b in zip(times, times[1:], strict=False)], 0.0
+
+
+def measure(name, heads_wanted, rounds, steps):
+    encoder, base, inputs, width, batch = {"minilm": minilm, "vit-b-32": clip}[name]()
+    expert = moved(base, encoder)
+    rng = torch.Generator().manual_seed(2)
+    found = []
+    for count in heads_wanted:
+        heads = {
+            n: Head(F.normalize(torch.randn(c, width, generator=rng), dim=1) * 20, None, True)
+            for n, c in list(CLASSES.items())[:count]
+        }
+        rows = {"ours": [], "naive": [], "supervised": []}
+        targets = 0.0
+        for _ in range(rounds):
+            for way in (ours, naive, supervised):
+                seconds, before = way(encoder, base, expert, heads, inputs, batch, steps)
+                rows[way.__name__].append(statistics.median(seconds))
+                targets = max(targets, before)
+        ratio = {
+            other: [a / b for a, b in zip(rows["ours"], rows[other], strict=True)] for other in ("naive", "supervised")
+        }
+        found.append(
+            {
+                "encoder": name, "heads": count, "batch": batch, "threads": torch.get_num_threads(), "rounds": rounds,
+                "steps": steps, "seconds": {k: statistics.median(v) for k, v in rows.items()},
+                "targets_once": targets,
+                "ratio": {k: {"median": statistics.median(v), "min": min(v), "max": max(v)} for k, v in ratio.items()},
+            }
+        )  # fmt: skip
+        r = found[-1]["ratio"]
+        print(
+            f"{name:9} {count:2} heads, batch {batch}: one RI step {found[-1]['seconds']['ours'] * 1000:.0f} ms; "
+            f"to the naive step {r['naive']['median']:.2f} ({r['naive']['min']:.2f}-{r['naive']['max']:.2f}), "
+            f"to a supervised step {r['supervised']['median']:.2f} "
+            f"({r['supervised']['min']:.2f}-{r['supervised']['max']:.2f})"
+        )
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoder", action="append", choices=["minilm", "vit-b-32"])
+    parser.add_argument("--heads", type=int, nargs="+", default=[8, 20])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--json")
+    told = parser.parse_args()
+    found = []
+    for name in told.encoder or ["minilm", "vit-b-32"]:
+        found += measure(name, told.heads, told.rounds, told.steps)
+    if told.json:
+        with open(told.json, "w") as file:  # noqa: PTH123
+            json.dump(found, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
