@@ -12,6 +12,7 @@ import argparse
 import json
 import statistics
 import time
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -50,8 +51,10 @@ def clip():
     import transformers
 
     torch.manual_seed(0)
-    config = transformers.CLIPVisionConfig(hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
-                                           intermediate_size=3072, patch_size=32, image_size=224, projection_dim=512)  # fmt: skip
+    config = transformers.CLIPVisionConfig(
+        hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, patch_size=32,
+        image_size=224, projection_dim=512,
+    )  # fmt: skip
 
     class Vision(nn.Module):
         def __init__(self):
@@ -80,7 +83,7 @@ def ours(encoder, base, expert, heads, inputs, batch, steps):
     started = time.perf_counter()
     ri(expert, base, heads, inputs, own=next(iter(heads)), encoder=encoder, steps=steps + 1, lr=1e-5, batch=batch,
        held_out=0.0, _precision="bf16", _tick=tick)  # fmt: skip
-    return [b - a for a, b in zip(times, times[1:], strict=False)], times[0] - started
+    return [b - a for a, b in pairwise(times)], times[0] - started
 
 
 def naive(encoder, base, expert, heads, inputs, batch, steps):
@@ -122,7 +125,7 @@ def supervised(encoder, base, expert, heads, inputs, batch, steps):
     frozen = [n for n in base if torch.equal(base[n], expert[n])]
     finetune(expert, encoder, head, Labelled(inputs, labels), Plan(steps + 1, 1e-5, 1e-4), batch=batch, frozen=frozen,
              kind="bf16", tick=tick)  # fmt: skip
-    return [b - a for a, b in zip(times, times[1:], strict=False)], 0.0
+    return [b - a for a, b in pairwise(times)], 0.0
 
 
 def measure(name, heads_wanted, rounds, steps):

@@ -4,8 +4,8 @@ One loop serves all storage: a tensor's result depends on that tensor, the surve
 where the bytes are or in which order they are read, so a result in memory and one streamed to disk are bit-equal.
 
 Rules: tensors that are not floating point (position ids, counters) are the base's; tensors left out with ``own`` are
-the base's where it has them; a tensor that no expert has moved is the base's, bit by bit; others come out in the
-base's dtype.
+the base's where it has them; a tensor that no expert has moved is the base's, bit by bit, and does not count where a
+step looks at the whole model (TIES trims among what fine-tuning moved); others come out in the base's dtype.
 """
 
 import hashlib

@@ -214,6 +214,4 @@ def linear_heads(file: Path | None, tasks: Mapping[str, Task]) -> dict[str, AnyH
     stored = Stored(file)
     if missing := [name for name in tasks if f"{name}.weight" not in stored]:
         raise HeadError(f"{file}: has no '{missing[0]}.weight' for task '{missing[0]}'")
-    return {
-        n: linear_head(stored[f"{n}.weight"], stored[f"{n}.bias"] if f"{n}.bias" in stored else None) for n in tasks
-    }
+    return {name: linear_head(stored[f"{name}.weight"], stored.get(f"{name}.bias")) for name in tasks}

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,7 @@ def _grammar(steps: tuple[Step, ...], text: str) -> Sentence:
         raise SentenceError(f"'{text}' {has}; a sentence needs exactly one combining step: {known}")
     kinds = [s.kind for s in steps]
     at = kinds.index("combine")
-    if "adapt" in kinds[at:] or any(a != "adapt" and b == "adapt" for a, b in zip(kinds, kinds[1:], strict=False)):
+    if "adapt" in kinds[at:] or any(a != "adapt" and b == "adapt" for a, b in pairwise(kinds)):
         raise SentenceError(f"'{text}': adapt steps come first, before any other word")
     if "align" in kinds[at:]:
         raise SentenceError(f"'{text}': align steps stand left of the combining step '{combining[0]}'")

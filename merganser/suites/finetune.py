@@ -29,7 +29,7 @@ def finetune(
     checkpoint: Checkpoint | None = None,
     tick: Tick = lambda _advance=1, **_terms: None,
 ) -> dict[str, Tensor]:
-    """Return the expert: ``base`` trained by cross-entropy through the frozen ``head``; ``frozen`` patterns stay put."""
+    """Return ``base`` trained by cross-entropy through the frozen ``head``; ``frozen`` patterns stay put."""
     prefix = getattr(encoder, "prefix", "")
     fixed = bound(encoder, base)
     params = {

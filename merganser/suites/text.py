@@ -18,7 +18,7 @@ from ..errors import DataError
 from ..evaluate.run import Labelled
 from ..evaluate.task import Task, read_tasks
 from ..models.open import open_encoder
-from ..prepare import make_heads
+from ..prepare import prompt_head
 from ..progress import Progress, silent
 from ..recipe import HeadsPart, InputsPart, LimitPart, ModelPart, Recipe
 from ..run import run
@@ -100,10 +100,7 @@ def make_experts(base: Path, tasks: Mapping[str, Task], into: Path, progress: Pr
     """Return a folder with an expert for every task; one that its card proves done is not trained again."""
     encoder: Any = open_encoder("text", base, **OPTIONS)
     theta0 = Stored(base)
-    recipe = Recipe(
-        sentences=["average"], model=ModelPart(base=base), experts={"-": base}, tasks={}, heads=HeadsPart(scale=SCALE)
-    )
-    heads = make_heads(recipe, encoder, theta0, tasks)
+    heads = {name: prompt_head(encoder, task, {"scale": SCALE}) for name, task in tasks.items()}
     origin = digest(theta0)
     folders = {}
     for name, task in tasks.items():
@@ -125,17 +122,8 @@ def make_experts(base: Path, tasks: Mapping[str, Task], into: Path, progress: Pr
         with progress(f"fine-tune {name}", plan.steps) as tick:
             labelled = Labelled(inputs, train.labels, task.metric)
             checkpoint = Checkpoint(folder / "checkpoint.safetensors", key)
-            weights = finetune(
-                theta0,
-                encoder,
-                heads[name],
-                labelled,
-                plan,
-                batch=BATCH,
-                frozen=FROZEN,
-                checkpoint=checkpoint,
-                tick=tick,
-            )
+            how: dict[str, Any] = {"batch": BATCH, "frozen": FROZEN, "checkpoint": checkpoint, "tick": tick}
+            weights = finetune(theta0, encoder, heads[name], labelled, plan, **how)
         save(weights, folder, {**settings, "key": key})
         checkpoint.path.unlink(missing_ok=True)
     return folders

@@ -89,7 +89,9 @@ class Browser:
         return [event["params"] for event in self.events if event.get("method") in methods]
 
     def value(self, script: str) -> Any:
-        return self.ask("Runtime.evaluate", expression=script, returnByValue=True)["result"].get("value")
+        return self.ask("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)["result"].get(
+            "value"
+        )
 
     def picture(self, path: Path) -> None:
         size = {"width": self.value("innerWidth"), "height": self.value("document.documentElement.scrollHeight")}
@@ -146,6 +148,7 @@ def test_touching_a_number_explains_it(make_run: Callable[..., Path], browser: B
     browser.open(report(make_run()), 1400, "light")
     at = "document.querySelector('table.heat tbody tr:nth-child(1) td:nth-child(3)')"
     browser.value(f"{at}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
+    browser.value("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")  # scrolling is told
     place = browser.value(f"(box => [box.x + 5, box.y + 5])({at}.getBoundingClientRect())")
     browser.ask("Input.dispatchMouseEvent", type="mouseMoved", x=place[0], y=place[1])
     assert browser.value("document.getElementById('tip').textContent").startswith("row digits, column letters: ")

@@ -81,7 +81,7 @@ def plain(text: str) -> str:
 
 @pytest.mark.parametrize("tasks", [2, 6, 20])
 def test_every_score_of_the_files_is_in_its_cell(make_run: Make, tasks: int) -> None:
-    folder = make_run(tasks=tasks)
+    folder = make_run(tasks=tasks, drawn=False)
     scores, page = scores_of(folder), Page(report(folder))
     for tuned, table in zip((True, False), page.of("scores"), strict=True):
         header, base, experts, *lines = table
@@ -103,7 +103,7 @@ def test_every_score_of_the_files_is_in_its_cell(make_run: Make, tasks: int) -> 
 
 
 def test_the_row_with_adapted_experts_stands_under_the_one_without(make_run: Make) -> None:
-    folder = make_run()
+    folder = make_run(drawn=False)
     change_scores(folder, lambda s: (s["rows"].reverse(), s.update(gains=[], curves=[])))
     sentences = [plain(line[0]) for line in Page(report(folder)).of("scores")[0][3:]]
     assert all("ri(" not in first and "ri(" in second for first, second in zip(*[iter(sentences)] * 2, strict=True))
@@ -123,7 +123,7 @@ def test_matrices_are_the_ones_of_the_diagnosis(make_run: Make) -> None:
 
 
 def test_before_and_after_share_one_colour_scale(make_run: Make) -> None:
-    folder = make_run()
+    folder = make_run(tasks=3)
     drift = json.loads((folder / "diagnosis.json").read_text())["drift"]
     values = [value for item in drift for line in item["matrix"] for value in line]
     levels = [int(level) for level in re.findall(r'style="--p:(\d+)%"', report(folder).read_text())][: len(values)]
@@ -133,7 +133,7 @@ def test_before_and_after_share_one_colour_scale(make_run: Make) -> None:
 
 
 def test_the_headline_states_gain_interval_and_share(make_run: Make) -> None:
-    folder = make_run()
+    folder = make_run(drawn=False)
     scores = scores_of(folder)
     text = plain(Page(report(folder)).text)
     assert "Resolving interference helped 3 of 4 mergers; for 1 the difference could be chance." in text
@@ -151,7 +151,7 @@ def test_the_headline_states_gain_interval_and_share(make_run: Make) -> None:
 
 
 def test_a_loss_is_called_one(make_run: Make) -> None:
-    folder = make_run(sign=-1.0)
+    folder = make_run(sign=-1.0, drawn=False)
     text = plain(Page(report(folder)).text)
     assert "Resolving interference made 3 of 4 mergers worse; for 1 the difference could be chance." in text
     assert "Made task_arithmetic worse: " in text
@@ -159,7 +159,7 @@ def test_a_loss_is_called_one(make_run: Make) -> None:
 
 
 def test_an_interval_that_prints_as_zero_is_no_gain(make_run: Make) -> None:
-    folder = make_run()
+    folder = make_run(drawn=False)
 
     def barely(scores: Any) -> None:
         for gain in scores["gains"]:
@@ -171,7 +171,7 @@ def test_an_interval_that_prints_as_zero_is_no_gain(make_run: Make) -> None:
 
 
 def test_one_merger_makes_one_sentence(make_run: Make) -> None:
-    folder = make_run()
+    folder = make_run(drawn=False)
     change_scores(folder, lambda s: s.update(gains=[g for g in s["gains"] if g["merge"] == "task_arithmetic"]))
     assert "Resolving interference recovered 33 % of what task_arithmetic loses: " in plain(Page(report(folder)).text)
 
@@ -254,7 +254,7 @@ def test_nothing_is_loaded_from_anywhere(make_run: Make) -> None:
 
 
 def test_ids_are_unique_and_every_reference_finds_its_own(make_run: Make) -> None:
-    path = report(make_run("a", title="one"), make_run("b", seed=1, title="two"))
+    path = report(make_run("a", tasks=2, title="one"), make_run("b", tasks=2, seed=1))
     html, page = path.read_text(), Page(path)
     ids = page.values("id")
     assert len(ids) == len(set(ids))
@@ -276,13 +276,13 @@ def test_drawings_are_labelled_and_take_their_colours_from_the_page(make_run: Ma
 
 
 def test_headers_say_what_they_head(make_run: Make) -> None:
-    page = Page(report(make_run("a"), make_run("b")))
+    page = Page(report(make_run("a", tasks=2), make_run("b", drawn=False)))
     assert all(found.get("scope") for tag, found in page.tags if tag == "th")
     assert sum(tag == "h1" for tag, _ in page.tags) == 1
 
 
 def test_the_same_run_gives_the_same_bytes(make_run: Make, tmp_path: Path) -> None:
-    folder = make_run()
+    folder = make_run(tasks=2)
     first = report(folder).read_bytes()
     second = subprocess.run(
         [sys.executable, "-c", "import sys; from merganser.report import report; report(sys.argv[1], to=sys.argv[2])",
@@ -307,7 +307,10 @@ def test_long_logs_are_thinned_and_a_torn_last_line_is_forgiven(make_run: Make) 
 
 
 def test_several_runs_are_compared(make_run: Make) -> None:
-    folders = [make_run("a", title="first"), make_run("b", seed=1, title="second"), make_run("c", adapt=None)]
+    folders = [
+        make_run("a", title="first", drawn=False), make_run("b", seed=1, title="second", drawn=False),
+        make_run("c", adapt=None, drawn=False),
+    ]  # fmt: skip
     path = report(*folders)
     assert path == folders[0] / "report.html"
     page = Page(path)
@@ -322,11 +325,11 @@ def test_several_runs_are_compared(make_run: Make) -> None:
         assert cell.split() == [percent(mean), signed(gain["gain"]["score"])]
     assert line[3] == "–"
     assert "do not hold the same tasks" not in page.text
-    assert "do not hold the same tasks" in Page(report(folders[0], make_run("d", tasks=2))).text
+    assert "do not hold the same tasks" in Page(report(folders[0], make_run("d", tasks=2, drawn=False))).text
 
 
 def test_where_the_page_goes(make_run: Make, tmp_path: Path) -> None:
-    folder = make_run(tasks=2)
+    folder = make_run(tasks=2, drawn=False)
     assert report(folder) == folder / "report.html"
     assert report(str(folder), to=tmp_path / "new" / "page.html") == tmp_path / "new" / "page.html"
     assert report(folder, to=tmp_path) == tmp_path / "report.html"

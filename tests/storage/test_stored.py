@@ -2,6 +2,7 @@
 
 import json
 import struct
+from itertools import pairwise
 
 import pytest
 import torch
@@ -120,7 +121,7 @@ def test_the_header_is_aligned_and_complete(tmp_path):
     at = sorted(e["data_offsets"] for e in header.values())
     assert at[0][0] == 0
     assert at[-1][1] == len(raw) - 8 - length
-    assert all(a[1] == b[0] for a, b in zip(at, at[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in pairwise(at))
     assert {e["dtype"] for e in header.values()} <= set(DTYPES.values())
 
 
