@@ -43,12 +43,13 @@ class _Stages:
         path = self.folder / "rows" / f"{slug(name)}.json"
         started = time.monotonic()
         found = read_rows(path, key_of(key))
+        reused = found is not None
         if found is None:
-            write_rows(path, key_of(key), rows := work())
-            found = rows
-            self.note(f"score {name}", started)
-        else:
-            self.note(f"score {name}", started, reused=True)
+            write_rows(path, key_of(key), work())
+            found = (
+                read_rows(path, key_of(key)) or []
+            )  # as written, so that a resumed run tells the same to the last digit
+        self.note(f"score {name}", started, reused)
         return found
 
     def note(self, name: str, started: float, reused: bool = False) -> None:

@@ -65,6 +65,9 @@ def score_sentence(
         for by in scales:
             points.append({"scale": by, "val": scores_at(ready, delta, by, "val").mean})
             tick(1, scale=by, val=points[-1]["val"])
+            if is_past(points):
+                tick(len(scales) - len(points))
+                break
         best = max(points, key=lambda p: p["val"]) if points else None
         test = {scaled.written: scores_at(ready, delta, scaled.written, "test")}
         tick(1)
@@ -78,6 +81,12 @@ def score_sentence(
         by = best["scale"]
         rows.append(Row(str(scaled.at(by)), test[by], merging, adapted, by, True, best["val"], points, seconds))
     return rows
+
+
+def is_past(points: Sequence[Mapping[str, float]], patience: int = 3) -> bool:
+    """Tell whether the last ``patience`` scales are all below the best by more than two points: the peak is behind."""
+    best = max(p["val"] for p in points)
+    return len(points) > patience and all(p["val"] < best - 0.02 for p in points[-patience:])
 
 
 def scores_at(ready: Prepared, delta: Mapping[str, Tensor], by: float, split: str) -> Scores:

@@ -33,11 +33,11 @@ from .minilm import write_minilm
 SCALE = 20.0
 OPTIONS = {"pooling": "mean", "length": 64}
 FROZEN = ("embeddings.*",)
-EPOCHS, BATCH, LR = 2, 32, 5e-5
+STEPS, BATCH, LR = 300, 32, 1e-4
 INPUTS = 12_000
 ADAPT = "ri"
 MERGERS = ("average", "task_arithmetic | scale(by=0.3)", "ties", "tsv", "iso_c")
-SCALES = [0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0, 1.2, 1.4, 1.7, 2.0]
+SCALES = [0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0]
 
 
 def bench(
@@ -106,7 +106,7 @@ def make_experts(base: Path, tasks: Mapping[str, Task], into: Path, progress: Pr
     for name, task in tasks.items():
         train = task.split("train")
         inputs = encoder.prepare(train.raw)
-        plan = Plan(steps=EPOCHS * len(train) // BATCH, lr=LR, weight_decay=0.01)
+        plan = Plan(STEPS, LR, weight_decay=0.01)
         settings = {
             "kind": "expert",
             "plan": plan.__dict__,

@@ -1,0 +1,74 @@
+"""A small convolutional net for small pictures, which trains in a minute on a processor: the demo's encoder.
+
+A recipe names it as ``encoder = "merganser.models.toy:conv_net"``.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..errors import DataError
+from ..weights.stored import Stored
+from .inputs import Images
+
+GROUPS = 8
+
+
+class Block(nn.Module):
+    """A residual block: x + conv(relu(norm(conv(relu(norm(x)))))."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(GROUPS, channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm2 = nn.GroupNorm(GROUPS, channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.relu(self.norm2(self.conv1(F.relu(self.norm1(x))))))
+
+
+class ConvNet(nn.Module):
+    """Three convolutions of stride 2, a residual block after the second and the third, the mean over places, a layer.
+
+    GroupNorm alone normalises: it keeps no running statistics, which merging would have to repair.
+    ``channels``: after each of the three convolutions, multiples of 8. ``width``: of the features, which have norm 1.
+    """
+
+    def __init__(self, channels: tuple[int, int, int] = (32, 64, 128), width: int = 128):
+        super().__init__()
+        a, b, c = channels
+        self.conv1 = nn.Conv2d(1, a, 5, stride=2, padding=2)
+        self.norm1 = nn.GroupNorm(GROUPS, a)
+        self.conv2 = nn.Conv2d(a, b, 3, stride=2, padding=1)
+        self.block2 = Block(b)
+        self.norm2 = nn.GroupNorm(GROUPS, b)
+        self.conv3 = nn.Conv2d(b, c, 3, stride=2, padding=1)
+        self.block3 = Block(c)
+        self.norm3 = nn.GroupNorm(GROUPS, c)
+        self.project = nn.Linear(c, width)
+
+    def forward(self, x: Float[Tensor, "batch 1 height width"]) -> Float[Tensor, "batch features"]:
+        x = F.relu(self.norm1(self.conv1(x)))
+        x = F.relu(self.norm2(self.block2(self.conv2(x))))
+        x = F.relu(self.norm3(self.block3(self.conv3(x))))
+        return F.normalize(self.project(x.mean(dim=(2, 3))), dim=1)
+
+    def prepare(self, raw: Any) -> Images:
+        """Return uint8 pictures ``[n, height, width, 1]`` as inputs. Raises DataError for anything else."""
+        pixels = np.asarray(raw)
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 1:
+            raise DataError(f"pictures must be uint8 [n, height, width, 1], are {pixels.dtype} {list(pixels.shape)}")
+        return Images(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), mean=(0.15,), std=(0.35,))
+
+
+def conv_net(base: str | Path, *, channels: tuple[int, int, int] = (32, 64, 128), width: int = 128) -> ConvNet:
+    """Return the net with the weights in the folder ``base``."""
+    net = ConvNet(tuple(channels), width)  # type: ignore[arg-type]  (a recipe gives a list)
+    net.load_state_dict(dict(Stored(base)))
+    return net.eval()
