@@ -34,6 +34,7 @@ def adapt(
     own: Sequence[str] = (),
     seed: int = 0,
     kind: str = "auto",
+    heads_key: str | None = None,
     progress: Progress = silent,
 ) -> dict[str, Mapping[str, Tensor]]:
     """Return every expert's adapted weights, on unlabeled ``inputs`` alone.
@@ -41,6 +42,8 @@ def adapt(
     ``heads``: one an expert, under the expert's name. ``how``: adapt steps, such as ``"ri(steps=300)"``. ``into``: a
     folder; each expert gets its own in it, one that its card proves done is read back, and one that was interrupted
     goes on from its last checkpoint to the same result. ``kind``: "fp32", "bf16" or "auto" (see `models.encoder`).
+    ``heads_key``: what the heads were made from, where that is known; their own numbers may differ in the last bit from
+    one number of threads to another, and would have everything done again.
 
     Raises HeadError (a head missing or of another width), WeightsError (keys, shapes), SentenceError (steps, knobs).
     """
@@ -51,7 +54,7 @@ def adapt(
     if missing := [name for name in thetas if name not in heads]:
         raise HeadError(f"expert '{missing[0]}' has no head of that name; heads: {', '.join(heads)}")
     check_fit(encoder, theta0, heads, inputs)
-    same = {"base": digest(theta0), "heads": heads_digest(heads), "inputs": inputs_digest(inputs)}
+    same = {"base": digest(theta0), "heads": heads_key or heads_digest(heads), "inputs": inputs_digest(inputs)}
     base_features = remembered(encoder, theta0, inputs, kind)
     adapted: dict[str, Mapping[str, Tensor]] = {}
     for name, theta in thetas.items():

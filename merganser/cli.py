@@ -74,7 +74,7 @@ def adapt(
         raise RecipeError(f"{recipe}: adapting needs unlabeled inputs: add [inputs] files = [...]")
     adapted = adapt(
         ready.base, ready.experts, encoder=ready.encoder, heads=ready.heads, inputs=ready.inputs, how=how, into=to,
-        seed=told.seed, kind=ready.kind, progress=bars,
+        seed=told.seed, kind=ready.kind, heads_key=ready.heads_key, progress=bars,
     )  # fmt: skip
     say({"adapted": {name: str(to / name) for name in adapted}}, as_json, f"adapted {len(adapted)} experts into {to}")
 

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,7 +67,25 @@ class Prepared:
                 parts = {str(k): p for k, p in enumerate(digest_parts(task.inputs))}
                 data[f"{split}/{name}"] = [digest({**parts, "y": torch.from_numpy(task.labels)}), task.metric]
         model = [encoder_key(self.recipe.model.encoder), self.recipe.model.options, self.kind]
-        return key_of({"heads": heads_digest(self.heads), "data": data, "model": model})
+        return key_of({"heads": self.heads_key, "data": data, "model": model})
+
+    @cached_property
+    def heads_key(self) -> str:
+        """A key of what the heads are made from (not of their numbers, which differ in the last bit between machines)."""
+        part = self.recipe.heads
+        made: dict[str, Any] = {"kind": part.kind, "scale": part.scale}
+        if part.kind == "linear" and part.file is not None:
+            made["file"] = file_digest(part.file)
+        elif part.kind == "expert":
+            made["experts"] = heads_digest(self.heads)
+        else:
+            made["base"] = self.digests["base"]
+            made["encoder"] = [encoder_key(self.recipe.model.encoder), self.recipe.model.options]
+            made["classes"] = {name: task.prompts() for name, task in self.tasks.items()}
+        if part.kind == "class-mean":
+            limit = self.recipe.limits.train
+            made["train"] = {n: raw_digest(t.split("train").first(limit)) for n, t in self.tasks.items()}
+        return key_of(made)
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -95,6 +114,12 @@ def prepare(recipe: Recipe) -> Prepared:
     return Prepared(
         recipe, sentences, encoder, whole, left_out, base, experts, tasks, heads, ready["val"], ready["test"], inputs
     )
+
+
+def raw_digest(split: Split) -> str:
+    """Return a digest of a split's raw rows and labels."""
+    rows = split.raw if isinstance(split.raw, np.ndarray) else np.frombuffer("\0".join(split.raw).encode(), np.uint8)
+    return digest({"x": torch.from_numpy(np.ascontiguousarray(rows).copy()), "y": torch.from_numpy(split.labels)})
 
 
 def encoder_key(kind: str) -> list[str]:

@@ -127,6 +127,7 @@ def adapt_all(ready: Prepared, folder: Path, stages: _Stages) -> dict[str, Mappi
             into=into,
             seed=ready.recipe.seed,
             kind=ready.kind,
+            heads_key=ready.heads_key,
             progress=stages.progress,
         )
         stages.note(f"adapt {how}", started, reused=before == {name: read_card(into / name) for name in ready.experts})

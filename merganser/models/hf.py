@@ -237,6 +237,9 @@ def _load(kind: Any, config: Any, weights: Weights, folder: Path, pooler: bool) 
         raise WeightsError(
             f"{folder}: the checkpoint lacks '{lacks[0]}' ({len(lacks)} tensors) that its config.json asks for"
         )
+    if not torch.cuda.is_available():
+        # On CPUs the fused kernel's backward pass takes half of a training step with short inputs (torch 2.13).
+        model.set_attn_implementation("eager")
     return model.eval(), names
 
 

@@ -38,8 +38,9 @@ from .finetune import finetune
 from .glyphs import glyphs, needs
 
 SEEN = (*g.SANS, *g.MONO, *g.COMPUTER_MODERN)
-VAL = ("DejaVuSerif", "DejaVuSerif-BoldItalic", "STIXGeneralBol", "STIXGeneralItalic")
-TEST = ("DejaVuSerif-Bold", "DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBolIta")
+TRAIN = ("DejaVuSerif", "DejaVuSerif-BoldItalic", "STIXGeneralBol", "STIXGeneralItalic")
+VAL = ("DejaVuSerif-Bold", "STIXGeneralBolIta")
+TEST = ("DejaVuSerif-Italic", "STIXGeneral")
 LETTERS = {"upper": g.UPPER, "lower": g.LOWER, "greek": g.GREEK, "cyrillic": g.CYRILLIC}
 OTHERS = g.ARMENIAN + g.GEORGIAN + g.PHONETIC + g.SIGNS
 ALL = OTHERS + g.UPPER + g.LOWER + g.GREEK + g.CYRILLIC + g.DIGITS
@@ -110,7 +111,7 @@ def make_data(to: Path, names: list[str], settings: Settings, seed: int, progres
     """Write the tasks and the unlabeled inputs into ``to``."""
     sizes = {"train": settings.train, "val": settings.val, "test": settings.test}
     told = {"kind": "tasks", "names": names, "sizes": sizes, "inputs": settings.inputs, "seed": seed}
-    told |= {"faces": [SEEN, VAL, TEST], "characters": [LETTERS, ALL]}
+    told |= {"faces": [SEEN, TRAIN, VAL, TEST], "characters": [LETTERS, ALL]}
     key = key_of(told)
     if is_done(to / "tasks", key) and (to / "inputs.npz").is_file():
         return
@@ -119,7 +120,7 @@ def make_data(to: Path, names: list[str], settings: Settings, seed: int, progres
             make = letters if name in LETTERS else handwritten
             write_task(to / "tasks" / name, name, make(name, sizes, seed))
             tick(1)
-        pixels, _ = glyphs(ALL, SEEN, settings.inputs, seed_of(seed, "inputs"))
+        pixels, _ = glyphs(ALL, SEEN + TRAIN, settings.inputs, seed_of(seed, "inputs"))
         np.savez_compressed(to / "inputs.npz", x=pixels)
         tick(1)
     write_card(to / "tasks", {**told, "key": key})
@@ -127,7 +128,7 @@ def make_data(to: Path, names: list[str], settings: Settings, seed: int, progres
 
 def letters(name: str, sizes: Mapping[str, int], seed: int) -> dict[str, Split]:
     """Return the splits of a task of glyphs, each in its own typefaces."""
-    faces = {"train": SEEN, "val": VAL, "test": TEST}
+    faces = {"train": TRAIN, "val": VAL, "test": TEST}
     return {
         split: Split(*glyphs(LETTERS[name], faces[split], n, seed_of(seed, f"{name}/{split}")))
         for split, n in sizes.items()

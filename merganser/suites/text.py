@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..adapt import heads_digest, inputs_digest
+from ..adapt import inputs_digest
 from ..card import digest, is_done, key_of
 from ..errors import DataError
 from ..evaluate.run import Labelled
@@ -112,7 +112,7 @@ def make_experts(base: Path, tasks: Mapping[str, Task], into: Path, progress: Pr
             "plan": plan.__dict__,
             "batch": BATCH,
             "frozen": FROZEN,
-            "inputs": {"base": origin, "head": heads_digest({name: heads[name]}), "train": inputs_digest(inputs)},
+            "inputs": {"base": origin, "prompts": key_of([task.prompts(), SCALE]), "train": inputs_digest(inputs)},
             "labels": digest({"y": torch.from_numpy(train.labels)}),
         }
         key = key_of(settings)
