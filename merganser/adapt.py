@@ -18,7 +18,7 @@ from .progress import Progress, silent
 from .sentence import Step, knobs_of, parse_words
 from .train import Checkpoint
 from .weights.open import Source, check_match, named, open_weights
-from .weights.save import save
+from .weights.save import refuse_overwriting, save
 from .weights.stored import Stored
 
 
@@ -53,6 +53,8 @@ def adapt(
     steps = adapt_steps(how)
     if missing := [name for name in thetas if name not in heads]:
         raise HeadError(f"expert '{missing[0]}' has no head of that name; heads: {', '.join(heads)}")
+    for name in thetas if into is not None else ():
+        refuse_overwriting(Path(into or ".") / name, theta0, *thetas.values())
     check_fit(encoder, theta0, heads, inputs)
     same = {"base": digest(theta0), "heads": heads_key or heads_digest(heads), "inputs": inputs_digest(inputs)}
     base_features = remembered(encoder, theta0, inputs, kind)

@@ -23,7 +23,7 @@ from .errors import SentenceError, WeightsError
 from .progress import Progress, silent
 from .sentence import Sentence, Step, parse
 from .weights.open import Source, check_match, named, open_weights
-from .weights.save import carry, short, write_readme
+from .weights.save import carry, refuse_overwriting, short, write_readme
 from .weights.sink import Sink, spec_of
 from .weights.stored import Stored
 
@@ -56,6 +56,8 @@ def merge(
     thetas = {name: open_weights(source) for name, source in named(experts).items()}
     names = check_match(theta0, thetas, own)
     try_out(sentence, len(thetas))
+    if into is not None:
+        refuse_overwriting(into, theta0, *thetas.values())
     started = time.monotonic()
     results = (
         (name, applied(theta0[name], delta))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..card import write_card
+from ..errors import WeightsError
 from .stored import INDEX, PICKLES, Stored
 
 if TYPE_CHECKING:
@@ -34,6 +35,15 @@ def save(weights: "Mapping[str, Tensor]", folder: str | Path, card: Mapping[str,
     if card is not None:
         write_card(Path(folder), card)
     return stored
+
+
+def refuse_overwriting(folder: str | Path, *sources: Any) -> None:
+    """Raise WeightsError if ``folder`` is where one of the ``sources`` lies: writing would destroy what is read."""
+    target = Path(folder).resolve()
+    for source in sources:
+        path = source.path if isinstance(source, Stored) else source
+        if isinstance(path, str | Path) and target in (Path(path).resolve(), Path(path).resolve().parent):
+            raise WeightsError(f"{folder} holds an input ({path}); give another folder for the result")
 
 
 def short(card: Mapping[str, Any] | None) -> dict[str, str]:

@@ -6,6 +6,7 @@ its place. Shards carry a temporary name until all are complete: a folder never 
 
 import json
 import os
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ DTYPES = {
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
 SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 Spec = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
@@ -93,7 +95,8 @@ class Sink:
             os.close(file)
         (self.folder / INDEX).unlink(missing_ok=True)
         for old in self.folder.glob("model*.safetensors"):
-            old.unlink()
+            if SHARD.fullmatch(old.name):
+                old.unlink()
         for k, name in enumerate(self.names):
             self._partial(k).rename(self.folder / name)
         if len(self.names) > 1:

@@ -148,6 +148,17 @@ def test_bad_sentences_are_told_before_any_tensor_is_read(models, how, says):
     assert "\n" not in str(error.value)
 
 
+def test_an_input_is_never_overwritten(models, tmp_path):
+    base, experts = models
+    merganser.save(base, tmp_path / "base")
+    (tmp_path / "base" / "model_backup.safetensors").write_bytes(b"mine")
+    for into in (tmp_path / "base", tmp_path / "base" / ".." / "base"):
+        with pytest.raises(WeightsError, match="holds an input"):
+            merganser.merge(tmp_path / "base", experts, "average", into=into)
+    merganser.save(experts["a"], tmp_path / "base")
+    assert (tmp_path / "base" / "model_backup.safetensors").read_bytes() == b"mine", "only our own shards are replaced"
+
+
 def test_the_folder_loads_elsewhere_and_says_how_it_came_to_be(models, tmp_path):
     import json
 
