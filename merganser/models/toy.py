@@ -3,6 +3,7 @@
 A recipe names it as ``encoder = "merganser.models.toy:conv_net"``.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,10 @@ class ConvNet(nn.Module):
     """Three convolutions of stride 2, a residual block after the second and the third, the mean over places, a layer.
 
     GroupNorm alone normalises: it keeps no running statistics, which merging would have to repair.
-    ``channels``: after each of the three convolutions, multiples of 8. ``width``: of the features, which have norm 1.
+    ``channels``: after each of the three convolutions, three multiples of 8. ``width``: of the features, which have norm 1.
     """
 
-    def __init__(self, channels: tuple[int, int, int] = (32, 64, 128), width: int = 128):
+    def __init__(self, channels: Sequence[int] = (32, 64, 128), width: int = 128):
         super().__init__()
         a, b, c = channels
         self.conv1 = nn.Conv2d(1, a, 5, stride=2, padding=2)
@@ -67,8 +68,8 @@ class ConvNet(nn.Module):
         return Images(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), mean=(0.15,), std=(0.35,))
 
 
-def conv_net(base: str | Path, *, channels: tuple[int, int, int] = (32, 64, 128), width: int = 128) -> ConvNet:
+def conv_net(base: str | Path, *, channels: Sequence[int] = (32, 64, 128), width: int = 128) -> ConvNet:
     """Return the net with the weights in the folder ``base``."""
-    net = ConvNet(tuple(channels), width)  # type: ignore[arg-type]  (a recipe gives a list)
+    net = ConvNet(channels, width)
     net.load_state_dict(dict(Stored(base)))
     return net.eval()

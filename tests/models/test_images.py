@@ -29,7 +29,7 @@ def test_clip_image_embeddings(write, batch_of):
     pixels = batch_of(encoder, pictures(3, 24, 24))
     with torch.no_grad():
         expected = model.get_image_features(pixels).pooler_output
-    torch.testing.assert_close(call(encoder, {}, pixels), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(call(encoder, {}, pixels), expected, atol=5e-6, rtol=0)
 
 
 def test_whole_clip_checkpoints_work_and_the_text_tower_is_not_the_encoders(write):
@@ -40,7 +40,7 @@ def test_whole_clip_checkpoints_work_and_the_text_tower_is_not_the_encoders(writ
     weights = load_file(other / "model.safetensors")
     with torch.no_grad():
         expected = moved.get_image_features(pixels).pooler_output
-    torch.testing.assert_close(call(encoder, weights, pixels), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(call(encoder, weights, pixels), expected, atol=5e-6, rtol=0)
     vision = {n for n in weights if n.startswith(("vision_model.", "visual_projection."))}
     assert {encoder.prefix + n for n in vision} == {n for n, _ in encoder.named_parameters()}
 
@@ -69,7 +69,7 @@ def test_vit(write, pooling):
         out = model(pixels)
     hidden = out.last_hidden_state
     expected = {"cls": hidden[:, 0], "pooler": out.pooler_output, "mean": hidden[:, 1:].mean(1)}[pooling]
-    torch.testing.assert_close(call(image_encoder(folder, pooling=pooling), {}, pixels), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(call(image_encoder(folder, pooling=pooling), {}, pixels), expected, atol=5e-6, rtol=0)
 
 
 def test_zero_shot_head_is_clips_formula(write):

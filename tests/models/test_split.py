@@ -93,7 +93,7 @@ def test_prefix_goes_both_ways(write, sentences, batch_of, base_class, expert_cl
     batch = batch_of(encoder, sentences)
     with torch.no_grad():
         hidden = getattr(model, "bert", model)(**batch).last_hidden_state
-        torch.testing.assert_close(call(encoder, weights, batch), hidden[:, 0], atol=1e-6, rtol=0)
+        torch.testing.assert_close(call(encoder, weights, batch), hidden[:, 0], atol=5e-6, rtol=0)
 
 
 def test_old_layer_norm_names(write, tmp_path, sentences, batch_of):
@@ -111,7 +111,7 @@ def test_old_layer_norm_names(write, tmp_path, sentences, batch_of):
     new = encoder_weights(load_file(folder / "model.safetensors"), encoder)
     assert set(new) == set(old)
     with torch.no_grad():
-        torch.testing.assert_close(encoder(batch), model(**batch).pooler_output, atol=1e-6, rtol=0)
+        torch.testing.assert_close(encoder(batch), model(**batch).pooler_output, atol=5e-6, rtol=0)
         torch.testing.assert_close(call(encoder, new, batch), encoder(batch), atol=0, rtol=0)
 
 

@@ -39,7 +39,7 @@ def test_pooler(write, sentences, batch_of):
     encoder = text_encoder(folder, pooling="pooler")
     batch = batch_of(encoder, sentences)
     with torch.no_grad():
-        torch.testing.assert_close(encoder(batch), model(**batch).pooler_output, atol=1e-6, rtol=0)
+        torch.testing.assert_close(encoder(batch), model(**batch).pooler_output, atol=5e-6, rtol=0)
 
 
 def test_unread_pooler_is_no_parameter(write, sentences, batch_of):
@@ -55,11 +55,11 @@ def test_features_do_not_depend_on_the_batch(write, sentences, size):
     encoder = text_encoder(write("bert", "BertModel")[0])
     inputs = encoder.prepare(sentences * 3)
     whole = features(encoder, {}, inputs, kind="fp32")
-    torch.testing.assert_close(features(encoder, {}, inputs, batch=size, kind="fp32"), whole, atol=1e-6, rtol=0)
+    torch.testing.assert_close(features(encoder, {}, inputs, batch=size, kind="fp32"), whole, atol=5e-6, rtol=0)
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(size))
     shuffled = Texts([inputs.ids[k] for k in order.tolist()], inputs.pad)
     torch.testing.assert_close(
-        features(encoder, {}, shuffled, batch=size, kind="fp32"), whole[order], atol=1e-6, rtol=0
+        features(encoder, {}, shuffled, batch=size, kind="fp32"), whole[order], atol=5e-6, rtol=0
     )
 
 
