@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from .adapt import adapt, how_text
 from .card import key_of, read_card, read_json, versions, write_json
 from .diagnose.interference import diagnose
+from .errors import MissingExtra
 from .evaluate.run import Model, evaluate
 from .evaluate.table import Row, overall_gain, read_rows, table, write_rows
 from .merge import applied, merge, merged_deltas
@@ -67,6 +69,8 @@ def run(recipe: "Recipe | str | Path", to: str | Path = "run", *, progress: Prog
     """
     from .report.page import report
 
+    if find_spec("matplotlib") is None:
+        raise MissingExtra("the report that ends a run", "report")
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe)
     folder = Path(to)

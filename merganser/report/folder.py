@@ -103,6 +103,7 @@ class Scores(Said):
     rows: list[Row]
     gains: list[Gain] = []
     curves: list[Curve] = []
+    adapted: dict[str, str] = {}
 
     @model_validator(mode="after")
     def _gains_point_at_rows(self) -> "Scores":
@@ -192,11 +193,12 @@ def read_run(folder: Path) -> Run:
     if not (folder / "scores.json").is_file():
         raise DataError(f"{folder}: holds no scores.json; report reads a folder that 'merganser run' wrote")
     recipe = folder / "recipe.toml"
+    scores = _read(folder / "scores.json", Scores)
     return Run(
         name=folder.resolve().name,
-        scores=_read(folder / "scores.json", Scores),
+        scores=scores,
         diagnosis=_read(folder / "diagnosis.json", Diagnosis) if (folder / "diagnosis.json").is_file() else None,
-        logs=_read_logs(folder / "adapted"),
+        logs=_read_logs(folder, scores.adapted),
         recipe=_text(recipe).rstrip() if recipe.is_file() else None,
         ran=_read(folder / "run.json", Ran) if (folder / "run.json").is_file() else None,
     )
@@ -229,12 +231,14 @@ def _checked(path: Path, kind: type[T], value: Any) -> T:
         raise DataError(f"{path}: {where + ': ' if where else ''}{first['msg']}") from None
 
 
-def _read_logs(adapted: Path) -> dict[str, dict[str, list[Line]]]:
+def _read_logs(folder: Path, adapted: dict[str, str]) -> dict[str, dict[str, list[Line]]]:
+    """Return the logs by adapt words and expert: of the folders this run names, or of all where it names none."""
+    places = adapted or {path.name: f"adapted/{path.name}" for path in sorted((folder / "adapted").glob("*"))}
     logs: dict[str, dict[str, list[Line]]] = {}
-    for path in sorted(adapted.glob("*/*/log.jsonl")):
-        lines = _read_log(path)
-        if lines:
-            logs.setdefault(path.parent.parent.name, {})[path.parent.name] = lines
+    for how, place in places.items():
+        for path in sorted((folder / place).glob("*/log.jsonl")):
+            if lines := _read_log(path):
+                logs.setdefault(how, {})[path.parent.name] = lines
     return logs
 
 

@@ -52,7 +52,7 @@ SOURCES = {
 }
 HEAD_SCALE = 16.0
 MERGERS = ("average", "task_arithmetic | scale(by=0.4)", "ties", "tsv", "iso_c")
-SCALES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.3]
+SCALES = [0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.3]
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,9 @@ def demo(to: str | Path, *, seed: int = 0, progress: Progress = silent, settings
 def make_data(to: Path, names: list[str], settings: Settings, seed: int, progress: Progress) -> None:
     """Write the tasks and the unlabeled inputs into ``to``."""
     sizes = {"train": settings.train, "val": settings.val, "test": settings.test}
-    told = {"kind": "tasks", "names": names, "sizes": sizes, "inputs": settings.inputs, "seed": seed}
-    told |= {"faces": [SEEN, TRAIN, VAL, TEST], "characters": [LETTERS, ALL]}
+    told: dict[str, Any] = {"kind": "tasks", "names": names, "sizes": sizes, "seed": seed}
+    told |= {"faces": [TRAIN, VAL, TEST], "characters": LETTERS}
+    told["inputs"] = {"n": settings.inputs, "faces": SEEN + TRAIN, "characters": ALL}
     key = key_of(told)
     if is_done(to / "tasks", key) and (to / "inputs.npz").is_file():
         return
