@@ -2,7 +2,8 @@
 
 title = "eight sentence tasks"
 sentences = ["task_arithmetic | scale(by=0.3)", "ri(steps=300) | task_arithmetic | scale(by=0.3)"]
-scales = [0.2, 0.4, 0.6]          # tried on the validation splits; [] takes every sentence as it is written
+scales = [0.2, 0.4, 0.6]          # tried on the validation splits; [] takes every sentence as it is written;
+                                  # all_scales = true goes on past the peak
 
 [model]
 base = "models/base"              # a Hugging Face folder, or what your own factory reads
@@ -76,6 +77,7 @@ class Recipe(_Part):
     seed: int = 0
     sentences: list[str] = Field(min_length=1)
     scales: list[float] = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0]
+    all_scales: bool = False
     own: list[str] = []
     model: ModelPart
     experts: dict[str, Path] = Field(min_length=1)

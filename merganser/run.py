@@ -145,7 +145,7 @@ def score_all(ready: Prepared, experts: Mapping[str, Any], stages: _Stages) -> l
         how = how_text(sentence.adapt)
         key = {
             "sentence": str(sentence),
-            "scales": ready.recipe.scales,
+            "scales": [ready.recipe.scales, ready.recipe.all_scales],
             "seed": ready.recipe.seed,
             "scored_on": ready.scored_on,
             "experts": _keys(ready, experts[how]),

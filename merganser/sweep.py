@@ -65,7 +65,7 @@ def score_sentence(
         for by in scales:
             points.append({"scale": by, "val": scores_at(ready, delta, by, "val").mean})
             tick(1, scale=by, val=points[-1]["val"])
-            if is_past(points):
+            if not ready.recipe.all_scales and is_past(points):
                 tick(len(scales) - len(points))
                 break
         best = max(points, key=lambda p: p["val"]) if points else None

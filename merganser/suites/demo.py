@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..adapt import heads_digest, inputs_digest
+from ..adapt import inputs_digest
 from ..card import digest, is_done, key_of, write_card
 from ..evaluate.run import Labelled
 from ..evaluate.task import Split, Task, read_task
@@ -93,6 +93,7 @@ def demo(to: str | Path, *, seed: int = 0, progress: Progress = silent, settings
         seed=seed,
         sentences=[f"{adapt}{merger}" for merger in MERGERS for adapt in ("", f"{settings.adapt} | ")],
         scales=SCALES,
+        all_scales=True,
         model=ModelPart(base=to / "base", encoder="merganser.models.toy:conv_net", precision="fp32"),
         experts={name: to / "experts" / name for name in names},
         tasks={name: to / "tasks" / name for name in names},
@@ -240,7 +241,7 @@ def make_expert(
     plan = Plan(settings.finetune_steps, settings.finetune_lr, weight_decay=0.01)
     batch = settings.finetune_batch
     told: dict[str, Any] = {"kind": "expert", "task": task.name, "plan": asdict(plan), "batch": batch, "seed": seed}
-    told["inputs"] = {"base": digest(base), "head": heads_digest({task.name: head}), "train": inputs_digest(inputs)}
+    told["inputs"] = {"base": digest(base), "head_scale": HEAD_SCALE, "train": inputs_digest(inputs)}
     told["labels"] = digest({"y": torch.from_numpy(rows.labels)})
     key = key_of(told)
     if is_done(folder, key):
