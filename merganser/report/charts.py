@@ -66,6 +66,7 @@ def scale_panel(
 ) -> Markup:
     """Draw the score against the scaling coefficient, test solid and validation dashed, the chosen scale ringed.
 
+    Where the test splits were not scored along the curve, validation is the solid one.
     ``curves``: (colour, label, [(scale, val, test)], chosen scale); ``levels``: (label, score) drawn across;
     ``span``: lowest and highest score of all panels, so that panels can be compared. Scores are fractions.
     """
@@ -85,17 +86,19 @@ def scale_panel(
         for index, (colour, label, points, chosen) in enumerate(curves):
             tested = [(x, test * 100) for x, _, test in points if math.isfinite(test)]
             valued = [(x, val * 100) for x, val, _ in points if math.isfinite(val)]
-            axes.plot(*_columns(valued), color=HEX[colour], linewidth=1.1, dashes=(3, 2), alpha=0.75)
-            gid = f"test{index}"
-            axes.plot(*_columns(tested), "o-", color=HEX[colour], linewidth=1.8, markersize=3.6, gid=gid)
-            tips[gid] = [f"{label}, scale {x:g}: {y:.1f} on test" for x, y in tested]
-            if chosen is not None and tested:
-                nearest = min(tested, key=lambda point: abs(point[0] - chosen))
+            if tested:
+                axes.plot(*_columns(valued), color=HEX[colour], linewidth=1.1, dashes=(3, 2), alpha=0.75)
+            solid, where = (tested, "test") if tested else (valued, "validation")
+            gid = f"curve{index}"
+            axes.plot(*_columns(solid), "o-", color=HEX[colour], linewidth=1.8, markersize=3.6, gid=gid)
+            tips[gid] = [f"{label}, scale {x:g}: {y:.1f} on {where}" for x, y in solid]
+            if chosen is not None and solid:
+                nearest = min(solid, key=lambda point: abs(point[0] - chosen))
                 axes.plot(
                     *_columns([nearest]), "o", markersize=10, markerfacecolor="none", markeredgewidth=1.8,
                     markeredgecolor=HEX[colour], gid=f"chosen{index}",
                 )  # fmt: skip
-                tips[f"chosen{index}"] = [f"{label}, chosen scale {chosen:g}: {nearest[1]:.1f} on test"]
+                tips[f"chosen{index}"] = [f"{label}, chosen scale {chosen:g}: {nearest[1]:.1f} on {where}"]
 
     chosen = "; ".join(f"{label}: {value:g} chosen" for _, label, _, value in curves if value is not None)
     return _panel(draw, f"Score of {name} against the scaling coefficient. {chosen}", prefix)

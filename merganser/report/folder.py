@@ -104,6 +104,7 @@ class Scores(Said):
     gains: list[Gain] = []
     curves: list[Curve] = []
     adapted: dict[str, str] = {}
+    overall: dict[str, Score | None] = {}
 
     @model_validator(mode="after")
     def _gains_point_at_rows(self) -> "Scores":

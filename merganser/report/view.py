@@ -74,6 +74,7 @@ def headline(run: Run) -> View:
     return {
         "who": who, "lines": lines, "lead": words.lead(gains, who, what) if len(gains) > 1 else None,
         "tuned": any(gain.tuned for gain in gains),
+        "overall": words.overall(run.scores.overall) if len(gains) > 1 else "",
         "axis": track.axis(), "nothing": None if gains or best is None else {
             "merge": best.merge, "score": percent(best.mean.score), "interval": interval(best.mean),
             "experts": percent(run.scores.experts.mean.score), "base": percent(run.scores.base.mean.score),
@@ -377,7 +378,8 @@ def scales_view(run: Run, prefix: str) -> list[View]:
             points = [(point.scale, point.val, point.test) for point in sorted(curve.points, key=lambda p: p.scale)]
             drawn.append((_kind(curve.adapt), _label(curve.adapt), points, row.scale if row else None))
         svg = charts.scale_panel(merge, drawn, levels, span, f"{prefix}-s{index}")
-        panels.append({"title": merge, "svg": svg})
+        tested = any(math.isfinite(point.test) for curve in curves for point in curve.points)
+        panels.append({"title": merge, "svg": svg, "tested": tested})
     return panels
 
 

@@ -70,7 +70,7 @@ class Settings:
     finetune_steps: int = 150
     finetune_batch: int = 64
     finetune_lr: float = 3e-3
-    adapt: str = "ri(steps=150, lr=0.0005, batch=64)"
+    adapt: str = "ri(steps=300, lr=0.0005, batch=64)"
 
     @classmethod
     def small(cls) -> "Settings":
