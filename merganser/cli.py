@@ -69,7 +69,7 @@ def adapt(
     from .recipe import read_recipe
 
     told = read_recipe(recipe)
-    ready = prepare(told)
+    ready = prepare(told, progress=bars)
     if ready.inputs is None:
         raise RecipeError(f"{recipe}: adapting needs unlabeled inputs: add [inputs] files = [...]")
     adapted = adapt(

@@ -21,6 +21,7 @@ from .models.heads import AnyHead, class_mean_head, linear_head, zero_shot_head
 from .models.inputs import digest_parts
 from .models.open import open_encoder
 from .models.split import encoder_weights, split_head
+from .progress import Progress, Tick, silent
 from .recipe import Recipe
 from .sentence import Sentence, parse
 from .weights.open import check_match, matches, open_weights
@@ -88,22 +89,31 @@ class Prepared:
         return key_of(made)
 
 
-def prepare(recipe: Recipe) -> Prepared:
+def prepare(recipe: Recipe, *, progress: Progress = silent) -> Prepared:
     """Open and check all that ``recipe`` names.
 
     Raises the error of whatever is wrong first: sentences and knobs, then paths, checkpoints, tasks, inputs, heads.
     """
+    with progress("open and check", 5) as tick:
+        return _prepare(recipe, tick)
+
+
+def _prepare(recipe: Recipe, tick: Tick) -> Prepared:
     sentences = check_sentences(recipe)
+    tick(1)
     whole = open_weights(recipe.model.base)
     sources = {name: open_weights(path) for name, path in recipe.experts.items()}
     tasks = open_tasks(recipe)
     raw = read_unlabeled(recipe.inputs.files, recipe.inputs.limit) if recipe.inputs else None
     splits = read_splits(recipe, tasks)
+    tick(1)
     encoder, base, experts, heads = open_models(recipe, whole, sources)
     check_match(base, experts)
     for name, weights in {"base": base, **experts}.items():
         check_finite(name, weights)
+    tick(1)
     heads = heads or make_heads(recipe, encoder, base, tasks)
+    tick(1)
     inputs = encoder.prepare(raw) if raw is not None else None
     ready = {
         which: {n: Labelled(encoder.prepare(s.raw), s.labels, tasks[n].metric) for n, s in rows.items()}

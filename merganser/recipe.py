@@ -19,7 +19,9 @@ sst2 = "tasks/sst2"
 files = ["inputs/sentences.txt.gz"]
 """
 
+import json
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -102,6 +104,12 @@ def read_recipe(path: str | Path) -> Recipe:
         raise RecipeError(f"{path}: {_first(error, told)}") from None
 
 
+def made_relative(recipe: Recipe, folder: Path) -> Recipe:
+    """Return ``recipe`` with the paths that lie in ``folder`` written from there, so that the folder can move."""
+    root = folder.resolve()
+    return _with_paths(recipe, lambda path: path.relative_to(root) if path.is_relative_to(root) else path)
+
+
 def made_absolute(recipe: Recipe, folder: Path) -> Recipe:
     """Return ``recipe`` with every path taken from ``folder``; ``tasks.folder`` becomes the tasks that lie in it."""
     tasks = dict(recipe.tasks)
@@ -112,14 +120,19 @@ def made_absolute(recipe: Recipe, folder: Path) -> Recipe:
     encoder = recipe.model.encoder
     if encoder.startswith("."):
         encoder = str((folder / encoder).resolve())
+    model = recipe.model.model_copy(update={"encoder": encoder})
+    return _with_paths(recipe.model_copy(update={"model": model, "tasks": tasks}), lambda path: folder / path)
+
+
+def _with_paths(recipe: Recipe, change: Callable[[Path], Path]) -> Recipe:
+    inputs, file = recipe.inputs, recipe.heads.file
     return recipe.model_copy(
         update={
-            "model": recipe.model.model_copy(update={"base": folder / recipe.model.base, "encoder": encoder}),
-            "experts": {k: folder / v for k, v in recipe.experts.items()},
-            "tasks": {k: folder / v for k, v in tasks.items()},
-            "heads": recipe.heads.model_copy(update={"file": recipe.heads.file and folder / recipe.heads.file}),
-            "inputs": recipe.inputs
-            and recipe.inputs.model_copy(update={"files": [folder / f for f in recipe.inputs.files]}),
+            "model": recipe.model.model_copy(update={"base": change(recipe.model.base)}),
+            "experts": {name: change(path) for name, path in recipe.experts.items()},
+            "tasks": {name: change(path) for name, path in recipe.tasks.items()},
+            "heads": recipe.heads.model_copy(update={"file": file and change(file)}),
+            "inputs": inputs and inputs.model_copy(update={"files": [change(path) for path in inputs.files]}),
         }
     )
 
@@ -152,14 +165,10 @@ def to_toml(recipe: Recipe) -> str:
 
 
 def _key(key: str) -> str:
-    import json
-
     return key if key.replace("_", "").replace("-", "").isalnum() and key.isascii() else json.dumps(key)
 
 
 def _value(value: Any) -> str:
-    import json
-
     if isinstance(value, dict):
         return "{" + ", ".join(f"{_key(k)} = {_value(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list):

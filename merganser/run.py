@@ -27,7 +27,7 @@ from .evaluate.table import Row, overall_gain, read_rows, table, write_rows
 from .merge import applied, merge, merged_deltas
 from .prepare import Prepared, prepare
 from .progress import Progress, silent
-from .recipe import Recipe, read_recipe, to_toml
+from .recipe import Recipe, made_relative, read_recipe, to_toml
 from .sentence import Sentence, parse
 from .sweep import best_row, score_experts, score_sentence
 
@@ -75,9 +75,9 @@ def run(recipe: "Recipe | str | Path", to: str | Path = "run", *, progress: Prog
         recipe = read_recipe(recipe)
     folder = Path(to)
     started = time.monotonic()
-    ready = prepare(recipe)
+    ready = prepare(recipe, progress=progress)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.toml").write_text(to_toml(recipe))
+    (folder / "recipe.toml").write_text(to_toml(made_relative(recipe, folder)))
     stages = _Stages(folder, progress)
     experts = {"": ready.experts, **adapt_all(ready, folder, stages)}
     rows = score_all(ready, experts, stages)

@@ -64,12 +64,16 @@ def ri(
     kept, used, order = _split(inputs, steps, batch, held_out, seed)
     everything = torch.cat([kept, used])
     base_features = _base_features or (lambda at: features(encoder, base, Subset(inputs, at), kind=_precision))
+
+    def targets(done: int, total: int) -> None:
+        _tick(0, targets=done / total)
+
     twins = _Twins(heads, own, alpha, distance)
     twins.remember(
         everything,
         len(inputs),
         base_features(everything),
-        features(encoder, expert, Subset(inputs, everything), kind=_precision),
+        features(encoder, expert, Subset(inputs, everything), kind=_precision, progress=targets),
     )
     names = [n for n in expert if n in base and expert[n].is_floating_point() and not torch.equal(expert[n], base[n])]
     fixed = bound(encoder, expert)
