@@ -36,7 +36,16 @@ def copied(user, tmp_path):
 def test_everything_is_there(done):
     to, told = done
     names = {p.name for p in to.iterdir()}
-    assert names == {"recipe.toml", "adapted", "rows", "merged", "scores.json", "diagnosis.json", "run.json", "report.html"}
+    assert names == {
+        "recipe.toml",
+        "adapted",
+        "rows",
+        "merged",
+        "scores.json",
+        "diagnosis.json",
+        "run.json",
+        "report.html",
+    }
     scores = json.loads((to / "scores.json").read_text())
     assert scores == told["scores"]
     assert len(scores["rows"]) == 5, "task arithmetic as written and tuned, twice, and average"
@@ -204,14 +213,18 @@ def test_bad_input_is_one_line_before_any_work(user, tmp_path, case):
 
 def test_verbs_on_one_recipe(user, done, tmp_path):
     to, told = done
-    adapted = call("adapt", user / "recipe.toml", "--how", "ri(steps=40, lr=0.003, batch=32)", "--to", tmp_path / "adapted")
+    adapted = call(
+        "adapt", user / "recipe.toml", "--how", "ri(steps=40, lr=0.003, batch=32)", "--to", tmp_path / "adapted"
+    )
     assert adapted.exit_code == 0, adapted.output
     for name in ("stripes", "spots", "corners"):
         one = merganser.open_weights(tmp_path / "adapted" / name)
         two = merganser.open_weights(to / "adapted" / "ri-steps-40-lr-0.003-batch-32" / name)
         assert all(torch.equal(one[n], two[n]) for n in one)
     experts = [tmp_path / "adapted" / n for n in ("stripes", "spots", "corners")]
-    assert call("merge", user / "base", *experts, "--how", "task_arithmetic", "--to", tmp_path / "merged").exit_code == 0
+    assert (
+        call("merge", user / "base", *experts, "--how", "task_arithmetic", "--to", tmp_path / "merged").exit_code == 0
+    )
     scored = json.loads(call("eval", user / "recipe.toml", tmp_path / "merged", "--json").stdout)
     row = next(r for r in told["scores"]["rows"] if r["adapt"] and not r["tuned"])
     assert scored[str(tmp_path / "merged")]["mean"]["score"] == pytest.approx(row["mean"]["score"])
