@@ -1,0 +1,259 @@
+"""Exact order statistics of more numbers than fit in memory, by two histograms of their bits.
+
+The bits of a positive fp32 number, read as an integer, are ordered as the number is (negative ones after a flip). So a
+histogram of the upper 16 bits (`coarse`) finds the bin that holds the k-th largest number of a model, a histogram of
+the lower 16 bits within that bin (`fine`) finds it exactly, and histograms add up over tensors, cuts and processes.
+
+Both are passes of a step; `ranked` reads the numbers off their totals. The bits are handled by numpy, whose integer
+operations, comparisons and selections take a fifth to a tenth of torch's time on a CPU.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import hardshrink
+
+CHUNK = 1 << 16  # entries worked on at a time, so that intermediate results stay in the processor's cache
+MANY = 1 << 20  # keys that wait to be counted: counting a few at a time would mostly add up empty bins
+HALF, LOWER = 1 << 15, 1 << 16  # bins of 15 and of 16 bits
+MAGNITUDE = 0x7FFFFFFF  # all bits but the sign
+
+Bits = NDArray[np.int32]
+Keys = NDArray[Any]
+Look = Callable[..., Any]
+
+
+class Tally:
+    """A histogram of integer keys: ``a + b`` is that of the keys of both. Keys wait uncounted until they are many."""
+
+    def __init__(self, bins: int, keys: tuple[Keys, ...] = (), counted: Tensor | int = 0):
+        self.bins, self.keys, self.counted = bins, keys, counted
+
+    def __add__(self, other: "Tally") -> "Tally":
+        both = Tally(self.bins, self.keys + other.keys, self.counted + other.counted)
+        return both if len(both.keys) < 64 and sum(map(len, both.keys)) < MANY else Tally(self.bins, (), both.tensor())
+
+    def tensor(self) -> Int64[Tensor, "bins"]:
+        """Return how many keys fell into each bin."""
+        return self._counts
+
+    @cached_property
+    def _counts(self) -> Tensor:
+        if not self.keys:
+            return self.counted + torch.zeros(self.bins, dtype=torch.int64)
+        return torch.bincount(torch.from_numpy(np.concatenate(self.keys)), minlength=self.bins) + self.counted
+
+
+class Tallies:
+    """A histogram for each expert: the sum of two is taken expert by expert."""
+
+    def __init__(self, rows: Sequence[Tally]):
+        self.rows = tuple(rows)
+
+    def __add__(self, other: "Tallies") -> "Tallies":
+        return Tallies([a + b for a, b in zip(self.rows, other.rows, strict=True)])
+
+    def __getitem__(self, row: int) -> Tally:
+        return self.rows[row]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def tensor(self) -> Int64[Tensor, "experts bins"]:
+        """Return all histograms as plain numbers."""
+        return torch.stack([row.tensor() for row in self.rows])
+
+
+Histogram = Tally | Tensor
+"""``[bins]``: totals may be used as they are, or as the tensor they make."""
+
+
+def coarse(deltas: Float[Tensor, "experts *cut"], *, signed: bool = False) -> Tallies:
+    """Count the upper 16 bits of each expert's |x|, or of x itself if ``signed``, in fp32."""
+
+    def upper(bits: Bits) -> Keys:
+        return (bits >> 16) + HALF if signed else (bits >> 16).astype(np.int16)
+
+    return Tallies([_tally(row, LOWER if signed else HALF, upper, signed) for row in deltas])
+
+
+def fine(deltas: Float[Tensor, "experts *cut"], places: Sequence[Sequence[int]], *, signed: bool = False) -> Tallies:
+    """Count the lower 16 bits of those of each expert's entries whose upper bits are one of its ``places``."""
+
+    def lower_in(wanted: Sequence[int]) -> Callable[[Bits], Keys]:
+        def lower(bits: Bits) -> Keys:
+            upper = bits >> 16
+            inside = [bits[upper == place - HALF * signed] & 0xFFFF | j << 16 for j, place in enumerate(wanted)]
+            return inside[0] if len(inside) == 1 else np.concatenate(inside)
+
+        return lower
+
+    rows = zip(deltas, places, strict=True)
+    return Tallies([_tally(row, LOWER * len(wanted), lower_in(wanted), signed) for row, wanted in rows])
+
+
+def size(upper: Histogram) -> int:
+    """Return how many numbers a histogram has counted."""
+    return _size(_Same(upper))
+
+
+def places(upper: Histogram, ranks: Sequence[int]) -> list[int]:
+    """Return the bins of a `coarse` histogram that hold the k-th largest number, for each k in ``ranks``."""
+    return list(_places(_Same(upper), tuple(ranks)))
+
+
+def ranked(
+    upper: Histogram, lower: Histogram, ranks: Sequence[int], *, signed: bool = False
+) -> list[tuple[float, int, int]]:
+    """Return (value, how many are larger, how many are equal) of the k-th largest number, for each k in ``ranks``.
+
+    ``lower`` is the `fine` histogram at the `places` of the same ranks.
+    """
+    return list(_ranked(_Same(upper), _Same(lower), tuple(ranks), signed))
+
+
+def look_at(deltas: Tensor, looks: Sequence[Look], **given: Any) -> list[Any]:
+    """Return what the looks learn from these deltas alone, as if they were the whole model."""
+    learned: list[Any] = []
+    for look in looks:
+        learned.append(look(deltas, learned, **given))
+    return learned
+
+
+def trimmed(x: Float[Tensor, "*shape"], low: float, high: float = math.inf) -> Float[Tensor, "*shape"]:
+    """Return the entries with low <= |x| <= high, the others as zero; both are fp32 numbers, not negative."""
+    kept = hardshrink(x, float(np.nextafter(np.float32(low), np.float32(0))))
+    return kept if high == math.inf else kept - hardshrink(x, high)
+
+
+def lengths(
+    deltas: Float[Tensor, "experts *cut"], lows: Sequence[float], highs: Sequence[float] | None = None
+) -> Float[Tensor, "experts 2"]:
+    """Return each expert's sum of |x|, and of |x| between its two limits."""
+    sums = torch.zeros(len(deltas), 2, dtype=torch.float64)
+    for row, x, low, high in zip(sums, deltas.detach(), lows, highs or [math.inf] * len(lows), strict=True):
+        for part in x.float().reshape(-1).split(CHUNK):
+            row += torch.stack([one.abs().sum(dtype=torch.float64) for one in (part, trimmed(part, low, high))]).cpu()
+    return sums
+
+
+def l1_ratio(whole: Tensor | float, kept: Tensor | float) -> float:
+    """Return by what mergekit rescales a sparse delta: |delta|_1 / |sparse|_1, 1 where one of them is below 1e-7."""
+    return float(whole) / float(kept) if min(float(whole), float(kept)) >= 1e-7 else 1.0
+
+
+def first_of_equals(x: Float[Tensor, "*shape"], theta: float, k: int) -> Tensor:
+    """Return which k entries are the largest by magnitude; of those equal to ``theta`` the first ones in memory."""
+    magnitude = x.detach().float().abs().flatten()
+    kept = magnitude > theta
+    kept[(magnitude == theta).nonzero()[: k - int(kept.sum()), 0]] = True
+    return kept.reshape(x.shape)
+
+
+def share(density: float, size: int) -> int:
+    """Return how many of ``size`` entries a share is: int(density size), at least one."""
+    return min(size, max(1, int(density * size)))
+
+
+def check_density(density: Any) -> float:
+    """Return the density; raise ValueError if it is not a number in (0, 1]."""
+    if isinstance(density, bool) or not (isinstance(density, (int, float)) and 0 < density <= 1):
+        raise ValueError(f"density must lie in (0, 1], got {density!r}")
+    return density
+
+
+def one_of(knob: str, value: object, words: Sequence[object]) -> None:
+    """Raise ValueError if the knob's value is not one of the words."""
+    if not any(type(value) is type(word) and value == word for word in words):
+        raise ValueError(f"{knob} must be one of {', '.join(map(str, words))}, got {value!r}")
+
+
+def per_expert(knob: str, value: float | Sequence[float], experts: int) -> list[float]:
+    """Return one number per expert; raise ValueError for another count, or one that is not finite."""
+    values: list[float] = list(value) if isinstance(value, (list, tuple, Tensor)) else [value] * experts  # type: ignore[list-item]
+    if len(values) != experts:
+        raise ValueError(f"{knob} must hold one number per expert: {len(values)} given, {experts} experts")
+    if not all(isinstance(x, (int, float, Tensor)) and math.isfinite(x) for x in values):
+        raise ValueError(f"{knob} must be finite numbers, got {values}")
+    return values
+
+
+def warn_of_equals(asked: int, kept: int, size: int, scope: str) -> None:
+    """Warn where equal magnitudes make the share that is kept more than a point larger than the one asked for.
+
+    Without numbers where every tensor has its own, so that a merge says it once.
+    """
+    if kept - asked > 0.01 * size:
+        told = f"{kept / size:.1%} of them are kept" if scope == "model" else "a tensor keeps over a point"
+        more = f"instead of {asked / size:.1%}" if scope == "model" else "more than its share; equal='first' keeps it"
+        warnings.warn(f"many entries have equal magnitudes, as in bf16: {told} {more}", stacklevel=3)
+
+
+class _Same:
+    """A histogram as a key: the same numbers at the same place in memory are the same histogram."""
+
+    def __init__(self, histogram: Histogram):
+        self.tensor = histogram if isinstance(histogram, Tensor) else histogram.tensor()
+        self.key = (self.tensor.data_ptr(), len(self.tensor), self.tensor._version)
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.key == other.key
+
+
+@lru_cache(maxsize=64)
+def _size(upper: _Same) -> int:
+    return int(upper.tensor.sum())
+
+
+@lru_cache(maxsize=64)
+def _places(upper: _Same, ranks: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(_locate(upper.tensor, k)[0] for k in ranks)
+
+
+@lru_cache(maxsize=64)
+def _ranked(upper: _Same, lower: _Same, ranks: tuple[int, ...], signed: bool) -> tuple[tuple[float, int, int], ...]:
+    found = []
+    for k, within in zip(ranks, lower.tensor.split(LOWER), strict=True):
+        high, above = _locate(upper.tensor, k)
+        low, more = _locate(within, k - above)
+        bits = np.array([(high - HALF * signed) << 16 | low]).astype(np.int32)
+        found.append((float(_ordered(bits, signed).view(np.float32)[0]), above + more, int(within[low])))
+    return tuple(found)
+
+
+def _locate(counts: Int64[Tensor, "bins"], k: int) -> tuple[int, int]:
+    """Return the bin that holds the k-th largest key, and how many keys lie in higher bins."""
+    reached = counts.flip(0).cumsum(0)
+    back = min(int(torch.searchsorted(reached, k)), len(counts) - 1)
+    place = len(counts) - 1 - back
+    return place, int(reached[back] - counts[place])
+
+
+def _tally(row: Tensor, bins: int, key: Callable[[Bits], Keys], signed: bool) -> Tally:
+    total = Tally(bins)
+    for bits in _bits(row, signed):
+        total += Tally(bins, (key(bits),))
+    return total
+
+
+def _bits(row: Tensor, signed: bool) -> Iterator[Bits]:
+    """Yield integers that are ordered as |x|, or as x if ``signed``, in fp32."""
+    for part in row.detach().reshape(-1).split(CHUNK):
+        bits = part.float().cpu().contiguous().numpy().view(np.int32)
+        yield _ordered(bits, signed) if signed else bits & MAGNITUDE
+
+
+def _ordered(bits: Bits, signed: bool) -> Bits:
+    """Flip what orders negative numbers the wrong way round; a second time flips it back."""
+    return bits ^ (bits >> 31 & MAGNITUDE) if signed else bits
