@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+ELEMENTWISE = True
+
 
 def average(
     deltas: Float[Tensor, "experts *shape"], *, weights: Sequence[float] | Tensor | None = None

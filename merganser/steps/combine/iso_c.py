@@ -1,10 +1,12 @@
 """Iso-C: the summed delta with all singular values made equal."""
 
+from functools import reduce
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-NULL = 1e-6  # singular values below this share of the largest are rounding noise of fp32
+from ..spectrum import matrices, polar_parts, product
 
 
 def iso_c(deltas: Float[Tensor, "experts *shape"], *, conv: str = "matrix", name: str = "") -> Float[Tensor, "*shape"]:
@@ -25,15 +27,9 @@ def iso_c(deltas: Float[Tensor, "experts *shape"], *, conv: str = "matrix", name
     Gradients are finite if singular values are distinct. Raises ValueError for an unknown conv.
     Source: Marczak et al., No Task Left Behind: Isotropic Model Merging (arXiv 2502.04959).
     """
-    if conv not in ("matrix", "mean"):
-        raise ValueError(f"conv must be 'matrix' or 'mean', got {conv!r}")
-    total = deltas.flatten(2).double().sum(dim=0) if deltas.ndim in (3, 5) else None
-    if total is None or (deltas.ndim == 5 and conv == "mean") or "text_projection" in name or not total.any():
+    wide = matrices(deltas, conv, name)
+    total = None if wide is None else reduce(torch.add, (delta.double() for delta in wide))
+    if total is None or not total.any():
         return deltas.mean(dim=0)
-
-    tall = total.mT if total.shape[0] < total.shape[1] else total
-    squares, v = torch.linalg.eigh(tall.mT @ tall)
-    real = squares > NULL**2 * squares[-1]
-    s, v = squares[real].sqrt(), v[:, real]
-    merged = (tall @ v / s) @ v.mT * (s.sum() / len(squares))
-    return (merged if tall is total else merged.mT).reshape(deltas.shape[1:]).to(deltas.dtype)
+    u, v, s = polar_parts(total)
+    return product(u * (s.sum() / min(total.shape)), v.mT, like=deltas[0])

@@ -5,6 +5,8 @@ import math
 from jaxtyping import Float
 from torch import Tensor
 
+ELEMENTWISE = True
+
 
 def scale(delta: Float[Tensor, "*shape"], *, by: float | Tensor = 1.0) -> Float[Tensor, "*shape"]:
     """Return the delta times a number: the scaling coefficient of nearly every merging paper.
