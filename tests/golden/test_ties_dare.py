@@ -6,6 +6,9 @@ Not offered, hence not compared (the last test keeps this list complete):
   dare/mergelm_random_p1                    keeps nothing; our `keep` lies in (0, 1], so it is refused
 """
 
+from functools import reduce
+from operator import add
+
 import pytest
 import torch
 from cases import described, tensors
@@ -59,9 +62,9 @@ def test_ties_of_a_whole_model_streamed(case: str) -> None:
     inputs, outputs = tensors("ties_dare", case)
     names = sorted(k.removeprefix("ptm.") for k in inputs if k.startswith("ptm."))
     deltas = {n: torch.stack([inputs[f"ft{i}.{n}"] - inputs[f"ptm.{n}"] for i in range(3)]) for n in names}
-    survey: list[Tensor] = []
+    survey: list = []
     for look in passes(**knobs(case)):
-        survey.append(sum((look(d, survey) for d in deltas.values()), torch.tensor(0)))
+        survey.append(reduce(add, [look(d, survey) for d in deltas.values()]))
     for name in names:
         merged = inputs[f"ptm.{name}"] + CASES[case]["params"]["lam"] * ties(deltas[name], survey=survey, **knobs(case))
         torch.testing.assert_close(merged, outputs[f"merged.{name}"], rtol=1e-6, atol=1e-7)

@@ -1,0 +1,120 @@
+"""Fisher merging and RegMean, from given ingredients and from data, against the numbers of the published code.
+
+Published RegMean has no ridge: `ridge=0` is compared exactly, and the default must be near it.
+Not compared: regmeanpp/* (merges layer by layer, each on the inputs that the merged layers below give), surgery/*
+(an adapter behind the merged model) and prodistill/* (learned coefficients) are no combining steps; distac/* is a step
+that adapts experts before the merge. They have homes of their own.
+"""
+
+from functools import reduce
+from operator import add
+
+import pytest
+import torch
+from cases import described, tensors
+from torch import Tensor, nn
+
+from merganser.learn import measure
+from merganser.steps.combine.fisher import fisher, passes
+from merganser.steps.combine.regmean import regmean
+
+CASES = described("mergers_data")
+FISHER = [n for n in CASES if n.startswith("fisher/") and n != "fisher/full_toy"]
+REGMEAN = [n for n in CASES if n.startswith("regmean/closed")]
+FULL = ["fisher/full_toy", "regmean/full_toy"]
+NOT_OFFERED = ("regmeanpp/", "distac/", "surgery/", "prodistill/")
+
+
+class Toy(nn.Module):
+    """logits = fc2(tanh(LayerNorm(fc1 x)))."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.ln, self.fc2 = nn.Linear(5, 6), nn.LayerNorm(6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(torch.tanh(self.ln(self.fc1(x))))
+
+
+def stacked(tensors: dict[str, Tensor], what: str) -> dict[str, Tensor]:
+    """Stack the tensors ``<what>t<i>.<name>`` over experts, by name."""
+    names = sorted(k.removeprefix(f"{what}t0.") for k in tensors if k.startswith(f"{what}t0."))
+    count = sum(k.startswith(what) and k.endswith(f".{names[0]}") for k in tensors)
+    return {n: torch.stack([tensors[f"{what}t{i}.{n}"] for i in range(count)]) for n in names}
+
+
+def merged_by_fisher(models: dict[str, Tensor], information: dict[str, Tensor], **knobs: object) -> dict[str, Tensor]:
+    """Survey and merge a model as the loop does; weights are merged around a base that must not matter."""
+    survey = [
+        reduce(add, [look(t, [], fisher=information.get(n)) for n, t in models.items()])
+        for look in passes(normalize=bool(knobs.get("normalize", True)))
+    ]
+    base = {n: t[0] + 1 for n, t in models.items()}
+    return {
+        n: base[n] + fisher(t - base[n], fisher=information.get(n), survey=survey, **knobs) for n, t in models.items()
+    }
+
+
+@pytest.mark.parametrize("case", FISHER)
+def test_fisher(case: str) -> None:
+    params, (inputs, outputs) = CASES[case]["params"], tensors("mergers_data", case)
+    knobs = {
+        "normalize": params["normalize_fisher_weight"],
+        "minimal": params["minimal_fisher_weight"],
+        "weights": params["coefficients"],
+    }
+    ours = merged_by_fisher(stacked(inputs, "param."), stacked(inputs, "fisher."), **knobs)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, outputs[f"merged.{name}"], rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("ridge", "rtol"), [(0.0, 2e-5), (1e-6, 1e-3)])
+@pytest.mark.parametrize("case", REGMEAN)
+def test_regmean(case: str, ridge: float, rtol: float) -> None:
+    ratio, (inputs, outputs) = CASES[case]["params"]["reduce_non_diagonal_ratio"], tensors("mergers_data", case)
+    grams = stacked(inputs, "gram.")
+    for name, models in stacked(inputs, "param.").items():
+        base = models[0] + 1
+        own = grams.get(name.removesuffix(".weight")) if name.endswith("weight") else None
+        merged = base + regmean(models - base, gram=own, reduce=ratio, ridge=ridge)
+        torch.testing.assert_close(merged, outputs[f"merged.{name}"], rtol=rtol, atol=rtol / 10)
+        assert own is None or not torch.allclose(merged, models.mean(0), rtol=1e-2)
+
+
+def from_data(case: str) -> tuple[dict[str, Tensor], list[dict[str, Tensor]], list[Tensor], dict, dict[str, Tensor]]:
+    """Return the stacked models, each model, each one's inputs, the parameters and the outputs."""
+    params, (inputs, outputs) = CASES[case]["params"], tensors("mergers_data", case)
+    models = stacked({k: v for k, v in inputs.items() if not k.startswith("X.")}, "")
+    each = [{n: t[i] for n, t in models.items()} for i in range(params["T"])]
+    return models, each, [inputs[f"X.t{i}"][: params["num_examples"]] for i in range(params["T"])], params, outputs
+
+
+def test_fisher_from_data() -> None:
+    models, each, xs, params, outputs = from_data("fisher/full_toy")
+    measured = [
+        measure.fisher(Toy(), m, lambda logits: logits, x, batch=params["batch_size"])
+        for m, x in zip(each, xs, strict=True)
+    ]
+    information = {n: torch.stack([one[n] for one in measured]) for n in models}
+    for name, tensor in information.items():
+        for i in range(params["T"]):
+            theirs = outputs[f"fisher.t{i}.{name}"]
+            torch.testing.assert_close(tensor[i], theirs, rtol=1e-5, atol=1e-6 * float(theirs.max()))
+    for name, tensor in merged_by_fisher(models, information).items():
+        torch.testing.assert_close(tensor, outputs[f"merged.{name}"], rtol=1e-5, atol=1e-6)
+
+
+def test_regmean_from_data() -> None:
+    models, each, xs, params, outputs = from_data("regmean/full_toy")
+    measured = [measure.gram(Toy(), m, x, batch=params["batch_size"]) for m, x in zip(each, xs, strict=True)]
+    assert set(measured[0]) == {"fc1.weight", "fc2.weight"}
+    for name, thetas in models.items():
+        grams = torch.stack([one[name] for one in measured]) if name in measured[0] else None
+        merged = regmean(thetas, gram=grams, reduce=params["reduce_non_diagonal_ratio"], ridge=0.0)
+        torch.testing.assert_close(merged, outputs[f"merged.{name}"], rtol=2e-5, atol=1e-6)
+
+
+def test_every_case_is_compared_or_named_above() -> None:
+    left = set(CASES) - {*FISHER, *REGMEAN, *FULL}
+    assert all(n.startswith(NOT_OFFERED) for n in left)
+    assert (len(FISHER), len(REGMEAN), len(FULL), len(left)) == (4, 3, 2, 9)
