@@ -4,16 +4,44 @@ import pytest
 import torch
 
 import merganser
-from merganser.card import digest
+from merganser.card import digest, read_card
 from merganser.errors import SentenceError, WeightsError
-from merganser.sentence import known_steps
+from merganser.fingerprint import fingerprint
+from merganser.sentence import known_steps, parse
 from merganser.weights.open import open_weights
 
 SENTENCES = [name for name, kind in known_steps().items() if kind == "combine"] + [
     "dare(keep=0.5) | task_arithmetic | scale(by=0.3)",
     "dare(keep=0.7) | scale(by=2.0) | ties(density=0.5)",
     "ties(scope='tensor')",
+    "trim(density=0.3) | mask | task_arithmetic",
+    "knots | ties(density=0.5)",
+    "ties(density=0.5) | trim(density=0.5) | scale(by=0.5)",
 ]
+
+
+COUNT = {"slerp": 2, "nuslerp": 2, "arcee_fusion": 1, "nearswap": 1}  # the experts a step takes, where not any number
+
+
+def stand_ins(how, base, experts):
+    """Ingredients of the right shapes, drawn at random, for the steps of a sentence."""
+    rng = torch.Generator().manual_seed(5)
+    made = {}
+    for word in [step.ingredients for step in parse(how).steps]:
+        for name in word:
+            made[name] = {e: {n: ingredient(name, t, rng) for n, t in base.items() if t.ndim == 2} for e in experts}
+    return made
+
+
+def ingredient(name, tensor, rng):
+    if name == "mask":
+        return (torch.rand(tensor.shape, generator=rng) > 0.5).float()
+    if name == "coefficients":
+        return torch.rand((), generator=rng)
+    if name == "fisher":
+        return torch.rand(tensor.shape, generator=rng)
+    rows = torch.randn(32, tensor.shape[1], generator=rng)
+    return rows.mT @ rows / 32 if name == "gram" else rows
 
 
 @pytest.fixture
@@ -41,15 +69,25 @@ def models():
 
 
 @pytest.mark.parametrize("how", SENTENCES)
-def test_memory_and_disk_give_the_same_bytes(models, tmp_path, how):
+def test_memory_disk_and_parts_give_the_same_bytes(models, tmp_path, how):
     base, experts = models
+    experts = dict(list(experts.items())[: COUNT.get(how.split("(")[0], 3)])
     for name, weights in {"base": base, **experts}.items():
         merganser.save(weights, tmp_path / name)
     sources = {name: tmp_path / name for name in experts}
-    memory = merganser.merge(base, experts, how, seed=7)
-    disk = merganser.merge(tmp_path / "base", sources, how, seed=7, into=tmp_path / "out")
+    given = {"seed": 7, "ingredients": stand_ins(how, base, experts)}
+    memory = merganser.merge(base, experts, how, **given)
+    disk = merganser.merge(tmp_path / "base", sources, how, into=tmp_path / "out", **given)
+    for k in (3, 1, 2):
+        merganser.merge(tmp_path / "base", sources, how, into=tmp_path / "parts", part=(k, 3), **given)
+    joined = merganser.join(tmp_path / "parts")
     assert set(memory) == set(base)
-    assert digest(memory) == digest(disk)
+    assert digest(memory) == digest(disk) == digest(joined)
+    shards = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("out", "parts")]
+    assert shards[0] == shards[1], "not only the tensors, the very file"
+    cards = [read_card(tmp_path / folder) for folder in ("out", "parts")]
+    assert all(cards[0][k] == cards[1][k] for k in ("kind", "sentence", "inputs", "seed", "base", "key"))
+    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == ["README.md", "card.json", "model.safetensors"]
     assert all(memory[n].dtype == base[n].dtype and memory[n].shape == base[n].shape for n in base)
     assert all(torch.equal(memory[n], base[n]) for n in ("frozen.weight", "position_ids"))
     assert digest(base) == digest(open_weights(tmp_path / "base")), "inputs must stay as they were"
@@ -119,7 +157,7 @@ def test_values_that_are_not_finite_stop_it_and_leave_nothing(models, tmp_path, 
     experts["b"]["norm.weight"][2] = bad
     with pytest.raises(WeightsError, match=r"expert 'b' has NaN or inf in tensor 'norm.weight'"):
         merganser.merge(base, experts, "average", into=tmp_path / "out")
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -173,5 +211,5 @@ def test_the_folder_loads_elsewhere_and_says_how_it_came_to_be(models, tmp_path)
     assert names == {"model.safetensors", "config.json", "1_Pooling/config.json", "card.json", "README.md"}
     card = json.loads((tmp_path / "out" / "card.json").read_text())
     assert card["sentence"] == "ties"
-    assert card["inputs"]["base"] == digest(base)
+    assert card["inputs"]["base"] == fingerprint(base)
     assert "base_model_relation: merge" in (tmp_path / "out" / "README.md").read_text()
