@@ -1,0 +1,1 @@
+"""Ingredients from data: tensors that some steps need beside the weights, under the weights' names."""

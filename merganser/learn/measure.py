@@ -1,0 +1,154 @@
+"""Measure what `fisher` and `regmean` need, one expert at a time, from unlabeled inputs.
+
+The results are weights like any others: save them with `merganser.save`, hand them to
+``merge(..., ingredients={"fisher": {expert: measured}})``. Inputs stream by in batches; what is kept is one tensor of
+each parameter's shape (Fisher), or one ``[in, in]`` matrix for each linear layer (Gram). Use some hundred inputs an
+expert: a `Subset` of them, if there are more.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..errors import DataError
+from ..models.encoder import batches, bound, precision
+from ..models.heads import AnyHead
+from ..models.inputs import take
+from ..progress import Progress, silent
+
+
+def fisher(
+    encoder: nn.Module,
+    weights: Mapping[str, Tensor],
+    head: AnyHead,
+    inputs: Any,
+    *,
+    batch: int = 16,
+    per: str = "batch",
+    kind: str = "fp32",
+    progress: Progress = silent,
+) -> dict[str, Tensor]:
+    """Return how much the class probabilities on ``inputs`` depend on each parameter of ``encoder``, in fp32.
+
+        per="batch":    F = 1/n sum_batches (d/dtheta sum_{x in batch, y} sqrt(p(y|x)).detach() log p(y|x))^2
+        per="example":  F = 1/n sum_x sum_y p(y|x) (d/dtheta log p(y|x))^2
+
+    The first is what published merges computed: one backward a batch, squared after the sum over the batch, so it has
+    cross terms and depends on ``batch``. The second is the diagonal of the Fisher information: a backward for each
+    input and class. ``head`` maps features to logits, as anywhere else; ``kind``: see `models.encoder.precision`.
+
+    Raises DataError without inputs; ValueError at a knob out of range.
+    Source: Matena and Raffel (arXiv 2111.09832); per="batch" as in MergeLM (arXiv 2311.03099).
+    """
+    _check(inputs, batch)
+    if per not in ("batch", "example"):
+        raise ValueError(f"per must be one of batch, example, got {per!r}")
+    fixed = bound(encoder, weights)
+    free = {n: fixed[n].detach().float().requires_grad_() for n in _parameters(encoder) if n in fixed}
+    sums = {n: torch.zeros_like(t, requires_grad=False) for n, t in free.items()}
+    with _evaluating(encoder), torch.enable_grad(), progress("measure Fisher information", len(inputs)) as tick:
+        for at in batches(inputs, batch if per == "batch" else 1):
+            with precision(kind):
+                x = torch.func.functional_call(encoder, fixed | free, (take(inputs, at),))
+            log_p = head(x.float()).float().log_softmax(dim=1)
+            for value, share in _scores(log_p, per):
+                grads = torch.autograd.grad(value, list(free.values()), retain_graph=True, allow_unused=True)
+                for total, grad in zip(sums.values(), grads, strict=True):
+                    if grad is not None:
+                        total.addcmul_(grad, grad, value=share / len(inputs))
+            tick(len(at))
+    return {name: sums[own] for name, own in _named(encoder, weights).items() if own in sums}
+
+
+@torch.no_grad()
+def gram(
+    encoder: nn.Module,
+    weights: Mapping[str, Tensor],
+    inputs: Any,
+    *,
+    batch: int = 32,
+    kind: str = "fp32",
+    progress: Progress = silent,
+) -> dict[str, Float[Tensor, "in in"]]:
+    """Return ``X^T X / rows`` of the inputs X of every `nn.Linear` in ``encoder``, under its weight's name, in fp32.
+
+    Rows are all inputs' tokens, padding included (batches hold texts of like length, so there is little of it). Linear
+    layers that are not called as modules, such as those inside `nn.MultiheadAttention`, are left out: `regmean`
+    averages them.
+
+    Raises DataError without inputs, or if no linear layer was called; ValueError at a batch below 1.
+    Source: Jin et al., Dataless Knowledge Fusion by Merging Weights of Language Models (arXiv 2212.09849).
+    """
+    _check(inputs, batch)
+    fixed = bound(encoder, weights)
+    named = _named(encoder, weights)
+    sums: dict[str, Tensor] = {}
+    rows: dict[str, int] = {}
+
+    def remember(name: str, layer: nn.Linear, x: Tensor) -> None:
+        x = x.detach().reshape(-1, layer.in_features).float()
+        with torch.autocast(x.device.type, enabled=False):
+            sums.setdefault(name, x.new_zeros(x.shape[1], x.shape[1])).addmm_(x.mT, x)
+        rows[name] = rows.get(name, 0) + len(x)
+
+    def hook(name: str) -> Any:
+        return lambda layer, args: remember(name, layer, args[0])
+
+    layers = {f"{n}.weight": m for n, m in encoder.named_modules() if isinstance(m, nn.Linear)}
+    hooks = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items() if name in fixed]
+    try:
+        with _evaluating(encoder), progress("measure Gram matrices", len(inputs)) as tick:
+            for at in batches(inputs, batch):
+                with precision(kind):
+                    torch.func.functional_call(encoder, fixed, (take(inputs, at),))
+                tick(len(at))
+    finally:
+        for one in hooks:
+            one.remove()
+    if not sums:
+        raise DataError("no torch.nn.Linear with weights of its own ran in the encoder: there is nothing to measure")
+    return {name: sums[own] / rows[own] for name, own in named.items() if own in sums}
+
+
+def _scores(log_p: Float[Tensor, "batch classes"], per: str) -> Iterator[tuple[Tensor, float]]:
+    """Yield the numbers to differentiate, and what the squares of their gradients count."""
+    p = log_p.detach().exp()
+    if per == "batch":
+        yield (p.sqrt() * log_p).sum(), 1.0
+        return
+    for y, share in enumerate(p[0].tolist()):
+        yield log_p[0, y], share
+
+
+def _check(inputs: Any, batch: int) -> None:
+    if not (isinstance(batch, int) and batch >= 1):
+        raise ValueError(f"batch must be a whole number of at least 1, got {batch!r}")
+    if len(inputs) == 0:
+        raise DataError("no inputs to measure on")
+
+
+def _parameters(encoder: nn.Module) -> list[str]:
+    return [name for name, parameter in encoder.named_parameters() if parameter.is_floating_point()]
+
+
+def _named(encoder: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return for each name in ``weights`` the encoder's name of that parameter; tied ones have the first one's."""
+    first = {id(p): name for name, p in encoder.named_parameters()}
+    prefix = getattr(encoder, "prefix", "")
+    every = {name: first[id(p)] for name, p in encoder.named_parameters(remove_duplicate=False)}
+    return {name: every[prefix + name] for name in weights if prefix + name in every}
+
+
+@contextmanager
+def _evaluating(encoder: nn.Module) -> Iterator[None]:
+    """Switch dropout off for a while."""
+    was_training = encoder.training
+    encoder.eval()
+    try:
+        yield
+    finally:
+        encoder.train(was_training)
