@@ -1,6 +1,7 @@
 """Save a model so that its own library loads it: weights, the base's config and tokenizer, a card."""
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..card import write_card
 from ..errors import WeightsError
+from .settle import TAGS
 from .stored import INDEX, PICKLES, Stored
 
 if TYPE_CHECKING:
@@ -15,12 +17,13 @@ if TYPE_CHECKING:
 
 HEAVY = (".safetensors", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", *PICKLES)
 NOT_CARRIED = {INDEX, "README.md", "card.json", "model.safetensors", ".gitattributes"}
+OTHER_FORMS = re.compile(r"onnx|openvino|coreml|checkpoint-\d+")  # folders with the base's weights once more
 
 
 def save(weights: "Mapping[str, Tensor]", folder: str | Path, card: Mapping[str, Any] | None = None) -> Stored:
     """Write ``weights`` into ``folder`` as safetensors (Hub conventions) with ``card`` beside them, all or nothing.
 
-    The card goes to ``card.json`` and, in short, into the safetensors metadata.
+    The card goes to ``card.json`` and, in short, into the safetensors metadata; it never stands beside other weights.
     """
     from .sink import Sink, spec_of
 
@@ -28,13 +31,13 @@ def save(weights: "Mapping[str, Tensor]", folder: str | Path, card: Mapping[str,
     try:
         for name in weights:
             sink.put(name, weights[name])
+        if card is not None:
+            with sink.told():
+                write_card(sink.staging, card)
+        return sink.close()
     except BaseException:
         sink.abandon()
         raise
-    stored = sink.close()
-    if card is not None:
-        write_card(Path(folder), card)
-    return stored
 
 
 def refuse_overwriting(folder: str | Path, *sources: Any) -> None:
@@ -48,7 +51,7 @@ def refuse_overwriting(folder: str | Path, *sources: Any) -> None:
 
 def short(card: Mapping[str, Any] | None) -> dict[str, str]:
     """Return the part of a card that fits safetensors metadata: strings only."""
-    keep = {k: card[k] for k in ("kind", "sentence", "key", "seed") if k in card} if card else {}
+    keep = {k: card[k] for k in ("kind", "sentence", "seed") if k in card} if card else {}
     return {f"merganser.{k}": v if isinstance(v, str) else json.dumps(v) for k, v in keep.items()}
 
 
@@ -57,8 +60,8 @@ def carry(base: Path, folder: Path) -> list[str]:
     carried = []
     for path in sorted(p for p in base.rglob("*") if p.is_file()) if base.is_dir() else []:
         inside = path.relative_to(base)
-        hidden = any(part.startswith(".") for part in inside.parts)
-        if hidden or path.suffix in HEAVY or path.name in NOT_CARRIED or path.stat().st_size > 50_000_000:
+        left_out = any(part.startswith(".") or OTHER_FORMS.fullmatch(part) for part in inside.parts)
+        if left_out or path.suffix in HEAVY or path.name in NOT_CARRIED or path.stat().st_size > 50_000_000:
             continue
         target = folder / inside
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -68,24 +71,26 @@ def carry(base: Path, folder: Path) -> list[str]:
     return carried
 
 
-def write_readme(folder: Path, card: Mapping[str, Any], base: str | None) -> None:
+def write_readme(folder: Path, card: Mapping[str, Any]) -> None:
     """Write the model card the Hub reads: base model, relation, the sentence and where each input came from."""
-    front = ["---", "tags: [merge, merganser]"]
-    if base:
-        front += [f"base_model: {json.dumps(base)}", "base_model_relation: merge"]
+    front = ["---", TAGS]
+    if "base" in card:
+        front += [f"base_model: {json.dumps(card['base'])}", "base_model_relation: merge"]
     experts = [name for name in card.get("inputs", {}) if name != "base"]
+    kit = card.get("mergekit")
     body = [
         "---",
         "",
-        f"# Merge of {len(experts)} experts",
+        f"# Merge of {len(kit['models'])} models" if kit else f"# Merge of {len(experts)} experts",
         "",
+        *([f"mergekit's `{kit['method']}`; the config is mergekit_config.yml beside the weights.", ""] if kit else []),
         "Made by [merganser](https://pypi.org/project/merganser/) with",
         "",
         f"    {card.get('sentence', '')}",
         "",
-        "| input | SHA-256 |",
+        "| input | fingerprint |",
         "|---|---|",
-        *(f"| {name} | `{sha}` |" for name, sha in card.get("inputs", {}).items()),
+        *(f"| {name} | `{told}` |" for name, told in card.get("inputs", {}).items()),
         "",
     ]
     (folder / "README.md").write_text("\n".join(front + body))

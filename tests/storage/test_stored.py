@@ -1,8 +1,10 @@
 """Checkpoints on disk: what is written is what is read, half-written models do not exist, every fault has its line."""
 
 import json
+import pickle
 import struct
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,7 +55,7 @@ def test_other_libraries_read_what_we_write_and_we_what_they_write(tmp_path):
     assert all(torch.equal(theirs[n], told[n]) for n in told)
     with safe_open(tmp_path / "ours" / "model.safetensors", framework="pt") as file:
         assert file.metadata()["format"] == "pt"
-        assert file.metadata()["merganser.key"] == "k"
+        assert file.metadata()["merganser.kind"] == "test"
     save_file(told, tmp_path / "one.safetensors")
     assert digest(Stored(tmp_path / "one.safetensors")) == digest(told)
     assert read_card(tmp_path / "ours")["versions"]["torch"]
@@ -84,13 +86,13 @@ def test_a_model_half_written_does_not_touch_the_earlier_one(tmp_path):
 def test_faults_are_named(tmp_path):
     def says(match, path):
         with pytest.raises(WeightsError, match=match):
-            open_weights(path)
+            Stored(path)
 
     says("no such file or folder", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     says("no safetensors file in this folder", tmp_path / "empty")
     (tmp_path / "empty" / "pytorch_model.bin").write_bytes(b"\x80\x04")
-    says(r"only a pickle \(pytorch_model.bin\).*weights_only=True", tmp_path / "empty")
+    says(r"only a pickle \(pytorch_model.bin\) here; .* open_weights reads it", tmp_path / "empty")
     says("a pickle can run code", tmp_path / "empty" / "pytorch_model.bin")
     text = tmp_path / "text.safetensors"
     text.write_text("hello world, not a header")
@@ -123,6 +125,172 @@ def test_the_header_is_aligned_and_complete(tmp_path):
     assert at[-1][1] == len(raw) - 8 - length
     assert all(a[1] == b[0] for a, b in pairwise(at))
     assert {e["dtype"] for e in header.values()} <= set(DTYPES.values())
+
+
+def header(told, data=b"\0" * 64, length=None):
+    text = told if isinstance(told, bytes) else json.dumps(told).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def entry(dtype="F32", shape=(16,), offsets=(0, 64)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+TWO = {"a": entry(shape=(8,), offsets=(0, 32)), "b": entry(shape=(8,), offsets=(32, 64))}
+
+
+@pytest.mark.parametrize(
+    ("match", "content"),
+    [
+        ("the file is empty", b""),
+        ("not a safetensors file", b"\0\0\0"),
+        ("not a safetensors file", header(b"[1, 2]")),
+        ("not a safetensors file", header({"a": entry()}, length=2**63)),
+        ("not a safetensors file", header({"a": entry()}, length=100_000_001)),
+        ("the file is cut short", header({"a": entry()}, length=1000)),
+        ("not a safetensors file, or a corrupt one", header(b'{"a": ')),
+        ("not a safetensors file, or a corrupt one", header(b'{"a": "\xff"}')),
+        ("not a safetensors file, or a corrupt one", header(b'{"a":' * 50_000)),
+        ("not a safetensors file, or a corrupt one", header({"a": [1]})),
+        ("not a safetensors file, or a corrupt one", header({"a": {"dtype": "F32", "shape": [16]}})),
+        ("not a safetensors file, or a corrupt one", header({"a": entry(), "__metadata__": 3})),
+        ("metadata other than text", header({"a": entry(), "__metadata__": {"k": 3}})),
+        ("'a' is there twice", header(b'{"a": %b, "a": %b}' % ((json.dumps(entry()).encode(),) * 2))),
+        ("'a' has dtype F4, which is none of BOOL, U8", header({"a": entry("F4", (128,))})),
+        ("'a' has shape .-16. and bytes", header({"a": entry(shape=(-16,))})),
+        ("'a' has shape .16.0. and bytes", header({"a": entry(shape=(16.0,))})),
+        ("'a' has shape .16. and bytes 64 to 0", header({"a": entry(offsets=(64, 0))})),
+        ("'a' has shape .16. and bytes -64 to 0", header({"a": entry(offsets=(-64, 0))})),
+        ("'a' has 64 bytes where F32 .15. has 60", header({"a": entry(shape=(15,))})),
+        ("'a' has 64 bytes where BF16 .16. has 32", header({"a": entry("BF16")})),
+        ("'b' overlaps another", header({**TWO, "b": entry(shape=(8,), offsets=(28, 60))}, b"\0" * 60)),
+        ("'b' comes after a hole", header({**TWO, "b": entry(shape=(8,), offsets=(36, 68))}, b"\0" * 68)),
+        ("the file is cut short", header(TWO, b"\0" * 63)),
+        ("1 bytes after the last tensor", header(TWO, b"\0" * 65)),
+    ],
+)
+def test_a_corrupt_shard_is_named_with_what_is_wrong(tmp_path, match, content):
+    shard = tmp_path / "model-00001-of-00001.safetensors"
+    shard.write_bytes(content)
+    with pytest.raises(WeightsError, match=match) as error:
+        Stored(tmp_path)
+    assert str(error.value).startswith(str(shard))
+    assert "\n" not in str(error.value)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=40), st.integers(0, 300), st.booleans())
+def test_damage_anywhere_is_an_error_of_ours_or_harmless(tmp_path_factory, damage, at, cut):
+    shard = tmp_path_factory.mktemp("damage") / "model.safetensors"
+    save_file({"a": torch.arange(8.0), "b": torch.ones(2, 3)}, shard, {"format": "pt"})
+    raw = shard.read_bytes()
+    shard.write_bytes(raw[:at] + damage + (b"" if cut else raw[at + len(damage) :]))
+    told = ""
+    try:
+        for tensor in Stored(shard).values():
+            tensor.sum()
+    except WeightsError as error:
+        told = str(error)
+    assert not told or str(shard) in told
+
+
+def sharded(folder):
+    told = {name: torch.full((3,), float(k)) for k, name in enumerate("abcd")}
+    sink = Sink(folder, spec_of(told), shard_size=24)
+    for name, tensor in told.items():
+        sink.put(name, tensor)
+    return sink.close()
+
+
+def test_an_index_that_contradicts_its_shards(tmp_path):
+    sharded(tmp_path)
+    index = json.loads((tmp_path / INDEX).read_text())
+
+    def says(match, weight_map):
+        (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(WeightsError, match=match):
+            Stored(tmp_path)
+
+    first, second = sorted(set(index["weight_map"].values()))
+    says(rf"index.json: says that {second} holds 'z'", {**index["weight_map"], "z": second})
+    says(rf"says that {second} holds 'a'", {**index["weight_map"], "a": second})
+    says(rf"{first}: holds 'b', which .* does not list", {n: f for n, f in index["weight_map"].items() if n != "b"})
+    says("which is not a file beside it", {**index["weight_map"], "a": "../elsewhere.safetensors"})
+    says("which is not a file beside it", {**index["weight_map"], "a": 3})
+    says("not a shard index", ["a"])
+    (tmp_path / INDEX).write_text("{")
+    with pytest.raises(WeightsError, match="not a shard index"):
+        Stored(tmp_path)
+
+
+def test_a_file_that_changes_under_us_is_told_and_ends_nothing(tmp_path):
+    told = {"a": torch.arange(4096.0), "b": torch.ones(4096)}
+    merganser.save(told, tmp_path)
+    shard = tmp_path / "model.safetensors"
+    raw = shard.read_bytes()
+    opened = Stored(tmp_path)
+    assert torch.equal(opened["a"], told["a"])
+    shard.write_bytes(raw[:-4096])
+    with pytest.raises(WeightsError, match="cut short while it was being read"):
+        opened["b"]
+    assert torch.equal(opened["a"][:8], told["a"][:8])
+    shard.write_bytes(raw)
+    untouched = Stored(tmp_path)
+    merganser.save({"b": torch.zeros(4096), "a": torch.zeros(4096)}, tmp_path)
+    with pytest.raises(WeightsError, match="was changed after it was opened"):
+        untouched["a"]
+    assert torch.equal(opened["b"], told["b"]), "a file that was replaced lives on for who has it open"
+    gone = Stored(tmp_path)
+    shard.unlink()
+    with pytest.raises(WeightsError, match=r"model.safetensors: cannot be read: No such file"):
+        gone["a"]
+
+
+def test_flat_is_a_view_of_the_file_and_writing_into_it_stays_here(tmp_path):
+    told = weights()
+    merganser.save(told, tmp_path)
+    stored = Stored(tmp_path)
+    for name, tensor in told.items():
+        assert stored.flat(name).shape == (tensor.numel(),)
+        assert torch.equal(stored.flat(name), tensor.reshape(-1))
+        assert tensor.numel() == 0 or stored.flat(name).data_ptr() == stored.flat(name).data_ptr(), "no copy"
+    stored["layer.0.3"].add_(1)
+    assert torch.equal(Stored(tmp_path)["layer.0.3"], told["layer.0.3"])
+    with pytest.raises(KeyError):
+        stored["layer.9.9"]
+
+
+def test_a_file_whose_tensors_are_not_aligned(tmp_path):
+    values = torch.arange(16.0)
+    raw = header({"a": entry(), "__metadata__": {"pad": ""}}, values.numpy().tobytes())
+    for pad in range(4):
+        (tmp_path / "x.safetensors").write_bytes(raw)
+        assert torch.equal(Stored(tmp_path)["a"], values)
+        told = {"a": entry(), "__metadata__": {"pad": "." * (pad + 1)}}
+        raw = header(told, values.numpy().tobytes())
+
+
+def test_more_shards_than_a_process_may_have_open_at_first(tmp_path):
+    import resource
+
+    told = {f"t{k}": torch.full((2,), float(k)) for k in range(60)}
+    sink = Sink(tmp_path, spec_of(told), shard_size=8)
+    for name, tensor in told.items():
+        sink.put(name, tensor)
+    stored = sink.close()
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else 30
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 20, before[1]))
+        assert all(torch.equal(stored[name], tensor) for name, tensor in told.items())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_stored_model_goes_to_another_process(tmp_path):
+    stored = sharded(tmp_path)
+    stored["a"]
+    assert torch.equal(pickle.loads(pickle.dumps(stored))["c"], stored["c"])
 
 
 def test_mismatch_names_three_tensors_and_what_own_would_do():
