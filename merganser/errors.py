@@ -1,7 +1,7 @@
 """What can go wrong, drawn as a tree.
 
     MerganserError              anything merganser itself reports: one line that says what, where and what to do
-    ├── WeightsError            a checkpoint: missing, a pickle, other keys or shapes, not finite
+    ├── WeightsError            a checkpoint: missing, unsafe, other keys or shapes, not finite
     ├── SentenceError           a sentence: grammar, an unknown step or knob, a knob out of range
     ├── RecipeError             a recipe file: a key, a value or a path in it
     ├── DataError               tasks and inputs: missing, empty, of the wrong kind
@@ -16,7 +16,11 @@ from collections.abc import Iterable
 
 
 class MerganserError(Exception):
-    """Anything merganser itself reports."""
+    """Anything merganser itself reports; ``parts`` are the single faults where one message tells of several."""
+
+    def __init__(self, message: str = "", parts: Iterable[str] = ()):
+        super().__init__(message)
+        self.parts = tuple(parts)
 
 
 class WeightsError(MerganserError):

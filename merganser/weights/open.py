@@ -1,81 +1,64 @@
 """The door to weights: whatever holds them, as one mapping from name to tensor."""
 
-import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ..errors import WeightsError
-from .renamed import Renamed
-from .stored import Stored
+from . import hub
+from .header import Weights as Weights
+from .header import header as header
+from .header import matches as matches
+from .header import shape_of as shape_of
+from .match import check_match as check_match
+from .match import match as match
+from .pickled import Pickled, find_pickles
+from .stored import PICKLES, Stored
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-Weights = Mapping[str, "Tensor"]
 Source = Weights | str | Path
 
 
 def open_weights(source: Source) -> Weights:
-    """Return the weights at ``source``: a mapping as it is, a path as a lazily read folder or file of safetensors.
+    """Return the weights at ``source`` as a mapping from name to tensor, read when touched.
 
-    Raises WeightsError if nothing is there, or if it is a pickle (refused: a pickle can run code when read).
+    A mapping is returned as it is. Otherwise, in this order:
+
+    folder        model.safetensors.index.json and its shards, model.safetensors, any other .safetensors (`Stored`);
+                  where there are none pytorch_model.bin.index.json and its shards, pytorch_model.bin, the only
+                  .bin, .pt, .pth, .ckpt or .pkl that is not a trainer's (`Pickled`)
+    file          .safetensors; .bin, .pt, .pth, .ckpt and .pkl through ``torch.load(weights_only=True)``: a
+                  pickle that holds anything but tensors is refused, and no code in it is run
+    "org/name"    where nothing of that name is here, a model on the Hub, "org/name@revision" too (extra 'hf')
+
+    Raises WeightsError if nothing is there, or if what is there is damaged, unsafe or not weights; MissingExtra.
     """
-    return source if isinstance(source, Mapping) else Stored(source)
+    if isinstance(source, Mapping):
+        return source
+    if hub.is_name(source):
+        source = hub.download(str(source))
+    path = Path(source)
+    if path.is_dir():
+        return Pickled(path) if not any(path.glob("*.safetensors*")) and find_pickles(path) else Stored(path)
+    return Pickled(path) if path.is_file() and path.suffix in PICKLES else Stored(path)
+
+
+def open_headers(source: Source) -> Weights:
+    """Return weights of which names, dtypes and shapes are known without a download: for `check`.
+
+    A Hub model becomes `header.Headers` (config and tokenizer files are fetched, tensors cannot be touched); anything
+    else is opened as `open_weights` does, which reads headers only.
+    """
+    return hub.remote_headers(str(source)) if hub.is_name(source) else open_weights(source)
 
 
 def named(experts: Mapping[str, Source] | Sequence[Source]) -> dict[str, Source]:
-    """Return experts by name; a sequence of paths is named by the folders, other sequences ``expert0, expert1, ...``."""
+    """Return experts by name; a sequence of paths is named by folders or files, others ``expert0, expert1, ...``."""
     if isinstance(experts, Mapping):
         return dict(experts)
-    names = [Path(e).stem if isinstance(e, str | Path) else f"expert{k}" for k, e in enumerate(experts)]
+    names = [_name(e) if isinstance(e, str | Path) else f"expert{k}" for k, e in enumerate(experts)]
     if len(set(names)) < len(names):
         names = [f"{name}-{k}" if names.count(name) > 1 else name for k, name in enumerate(names)]
     return dict(zip(names, experts, strict=True))
 
 
-def shape_of(weights: Weights, name: str) -> tuple[int, ...]:
-    """Return a tensor's shape, from the header where there is one."""
-    if isinstance(weights, Renamed):
-        return shape_of(weights.weights, weights.names[name])
-    return weights.entries[name].shape if isinstance(weights, Stored) else tuple(weights[name].shape)
-
-
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Tell whether ``name`` fits one of the glob ``patterns``."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def check_match(base: Weights, experts: Mapping[str, Weights], own: Sequence[str] = ()) -> list[str]:
-    """Return the names merged: the base's, less those that ``own`` patterns leave to each expert.
-
-    Raises WeightsError, naming the first three, where an expert lacks a tensor, has another shape or has more tensors.
-    """
-    names = [n for n in base if not matches(n, own)]
-    for expert, weights in experts.items():
-        for what, wrong in (
-            ("lacks", [n for n in names if n not in weights]),
-            ("has, and the base lacks,", [n for n in weights if n not in base and not matches(n, own)]),
-        ):
-            if wrong:
-                raise WeightsError(
-                    f"expert '{expert}' {what} {_first(wrong)}; tensors that belong to an expert alone (its head) are "
-                    f'left out with own=["{_pattern(wrong)}"]'
-                )
-        shapes = [(n, shape_of(weights, n), shape_of(base, n)) for n in names]
-        if wrong := [f"'{n}' {list(has)} instead of {list(wants)}" for n, has, wants in shapes if has != wants]:
-            raise WeightsError(
-                f"expert '{expert}' has other shapes: {_first(wrong, quote='')}; a tensor that should not be merged is "
-                f"left out with own=[NAME]"
-            )
-    return names
-
-
-def _first(names: list[str], quote: str = "'") -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(f"{quote}{n}{quote}" for n in names[:3]) + more
-
-
-def _pattern(names: list[str]) -> str:
-    stem = names[0].split(".")[0]
-    return f"{stem}.*" if "." in names[0] and all(n.startswith(f"{stem}.") for n in names) else names[0]
+def _name(source: str | Path) -> str:
+    path = Path(str(source).partition("@")[0]) if hub.is_name(source) else Path(source)
+    return path.stem if path.suffix in (".safetensors", *PICKLES) else path.name

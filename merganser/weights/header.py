@@ -1,0 +1,124 @@
+"""Names, dtypes and shapes of weights, known before their bytes are read; and weights seen as other weights.
+
+Whatever is a mapping from name to tensor is weights. One that knows more than that says so with two attributes:
+``header(name)``, dtype name and shape of a tensor without its bytes, and ``path``, the file or folder it came from.
+"""
+
+import fnmatch
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import WeightsError
+from .renamed import Renamed
+from .stored import DTYPES, Stored
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Weights = Mapping[str, "Tensor"]
+Head = tuple[str, tuple[int, ...]]
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+WHOLE = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
+NAMES = {f"torch.{kind}": name for name, (kind, _) in DTYPES.items()}
+
+
+def header(weights: Weights, name: str) -> Head:
+    """Return dtype name ("F32", "BF16", ...) and shape of a tensor, without its bytes where there is a header."""
+    if isinstance(weights, Stored):
+        entry = weights.entries[name]
+        return entry.dtype, entry.shape
+    if isinstance(weights, Renamed):
+        return header(weights.weights, weights.names[name])
+    if isinstance(weights, View):
+        return weights.header(name)
+    tensor = weights[name]
+    return NAMES.get(str(tensor.dtype), str(tensor.dtype)), tuple(tensor.shape)
+
+
+def shape_of(weights: Weights, name: str) -> tuple[int, ...]:
+    """Return a tensor's shape, from the header where there is one."""
+    return header(weights, name)[1]
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Tell whether ``name`` fits one of the glob ``patterns``."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def folder_of(weights: object) -> Path | None:
+    """Return the folder in which config and tokenizer of ``weights`` lie: a path's own, or None in memory."""
+    if isinstance(weights, Renamed):
+        return folder_of(weights.weights)
+    path = weights if isinstance(weights, str | Path) else getattr(weights, "path", None)
+    if path is None:
+        return None
+    path = Path(path)
+    return path.parent if path.is_file() else path
+
+
+class View(Mapping[str, "Tensor"]):
+    """Weights made of other weights, tensor by tensor, when touched; a view holds nothing itself."""
+
+    path: Path | None = None
+
+    def header(self, name: str) -> Head:
+        """Return dtype name and shape of a tensor without its bytes."""
+        raise NotImplementedError
+
+
+class Picked(View):
+    """Tensors from several weights, each under a name of its own: ``parts[name] = (weights, name there)``.
+
+    ``weights`` are those it stands for, if it stands for any: config and tokenizer are theirs.
+    """
+
+    def __init__(self, parts: Mapping[str, tuple[Weights, str]], weights: Weights | None = None):
+        self.parts = parts
+        self.weights = weights
+        self.path = None if weights is None else folder_of(weights)
+
+    def __getitem__(self, name: str) -> "Tensor":
+        weights, there = self.parts[name]
+        return weights[there]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.parts
+
+    def header(self, name: str) -> Head:
+        """Return dtype name and shape of a tensor without its bytes."""
+        return header(*self.parts[name])
+
+
+class Headers(View):
+    """Weights of which only the headers were read, as on the Hub before a download; a tensor cannot be touched."""
+
+    def __init__(self, entries: Mapping[str, Head], source: str, path: Path | None = None):
+        self.entries = entries
+        self.source = source
+        self.path = path
+
+    def __getitem__(self, name: str) -> "Tensor":
+        if name not in self.entries:
+            raise KeyError(name)
+        raise WeightsError(f"{self.source}: only its headers were read, so tensor '{name}' is not here; download it")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def header(self, name: str) -> Head:
+        """Return dtype name and shape of a tensor."""
+        return self.entries[name]
