@@ -17,7 +17,8 @@ from .models.inputs import Subset, digest_parts
 from .progress import Progress, silent
 from .sentence import Step, knobs_of, parse_words
 from .train import Checkpoint
-from .weights.open import Source, check_match, named, open_weights
+from .weights.match import match
+from .weights.open import Source, named, open_weights
 from .weights.save import refuse_overwriting, save
 from .weights.stored import Stored
 
@@ -48,13 +49,13 @@ def adapt(
     Raises HeadError (a head missing or of another width), WeightsError (keys, shapes), SentenceError (steps, knobs).
     """
     theta0 = open_weights(base)
-    thetas = {name: open_weights(source) for name, source in named(experts).items()}
-    check_match(theta0, thetas, own)
+    sources = {name: open_weights(source) for name, source in named(experts).items()}
+    thetas = match(theta0, sources, own).experts
     steps = adapt_steps(how)
     if missing := [name for name in thetas if name not in heads]:
         raise HeadError(f"expert '{missing[0]}' has no head of that name; heads: {', '.join(heads)}")
     for name in thetas if into is not None else ():
-        refuse_overwriting(Path(into or ".") / name, theta0, *thetas.values())
+        refuse_overwriting(Path(into or ".") / name, theta0, *sources.values())
     check_fit(encoder, theta0, heads, inputs)
     same = {"base": digest(theta0), "heads": heads_key or heads_digest(heads), "inputs": inputs_digest(inputs)}
     base_features = remembered(encoder, theta0, inputs, kind)
@@ -99,7 +100,7 @@ def adapt_steps(how: str) -> list[Step]:
         if step.kind != "adapt":
             raise SentenceError(f"'{step.name}' is a {step.kind} step; adapt() takes adapt steps such as ri(steps=300)")
         try:
-            step.module().check(**step.knobs)
+            step.hook("check")(**step.knobs)
         except (ValueError, TypeError) as error:
             raise SentenceError(f"{step}: {error}") from None
     return steps

@@ -1,6 +1,6 @@
 """From a recipe to things that run: encoder, weights, heads, tasks and inputs, all checked before any long work."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,8 @@ from .card import digest, file_digest, key_of
 from .errors import DataError, HeadError, RecipeError, WeightsError, did_you_mean
 from .evaluate.run import Labelled
 from .evaluate.task import Split, Task, read_task, read_unlabeled
-from .merge import try_out
+from .examine import asked_by, open_ingredients, try_out
+from .loop import is_float
 from .models.encoder import features
 from .models.heads import AnyHead, class_mean_head, linear_head, zero_shot_head
 from .models.inputs import digest_parts
@@ -24,9 +25,11 @@ from .models.split import encoder_weights, split_head
 from .progress import Progress, Tick, silent
 from .recipe import Recipe
 from .sentence import Sentence, parse
-from .weights.open import check_match, matches, open_weights
+from .weights.match import match
+from .weights.open import matches, open_weights
 from .weights.renamed import Renamed
 from .weights.stored import Stored
+from .where import Where, for_sentence
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Prepared:
 
     @cached_property
     def digests(self) -> dict[str, str]:
-        """SHA-256 of base and experts."""
+        """Fingerprints (`card.digest`) of base and experts."""
         return {"base": digest(self.base), **{name: digest(w) for name, w in self.experts.items()}}
 
     @cached_property
@@ -108,7 +111,10 @@ def _prepare(recipe: Recipe, tick: Tick) -> Prepared:
     splits = read_splits(recipe, tasks)
     tick(1)
     encoder, base, experts, heads = open_models(recipe, whole, sources)
-    check_match(base, experts)
+    experts = match(base, experts).experts
+    for sentence in sentences:
+        patterns = for_sentence(recipe.where, sentence.merging)
+        Where(patterns, base).check(sentence.merging, [name for name in base if is_float(base, name)])
     for name, weights in {"base": base, **experts}.items():
         check_finite(name, weights)
     tick(1)
@@ -200,8 +206,20 @@ def check_sentences(recipe: Recipe) -> list[Sentence]:
             adapt_steps(how_text(sentence.adapt))
             if recipe.inputs is None:
                 raise RecipeError(f"'{sentence}' adapts on unlabeled inputs, but the recipe has no [inputs] files")
-        try_out(sentence.merging, len(recipe.experts))
+        try_out(sentence.merging, list(recipe.experts))
+        open_ingredients(asked_by(sentence, recipe.ingredients), sentence.merging, list(recipe.experts))
+    check_where(recipe, sentences)
     return sentences
+
+
+def check_where(recipe: Recipe, sentences: Sequence[Sentence]) -> None:
+    """Raise RecipeError if a pattern speaks of a word that no sentence has."""
+    words = {step.name for sentence in sentences for step in sentence.merging.steps}
+    for pattern, steps in recipe.where.items():
+        if unknown := sorted(steps.keys() - words):
+            raise RecipeError(
+                f"[where.\"{pattern}\"]: no sentence has a step '{unknown[0]}'{did_you_mean(unknown[0], words)}"
+            )
 
 
 def check_finite(name: str, weights: Mapping[str, Tensor]) -> None:

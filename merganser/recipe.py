@@ -17,6 +17,12 @@ sst2 = "tasks/sst2"
 
 [inputs]                          # unlabeled
 files = ["inputs/sentences.txt.gz"]
+
+[where."*.mlp.*"]                 # knobs for some tensors, in the sentences that have the step
+ties = {density = 0.4}
+
+[ingredients]                     # extra tensors that a step needs, by its keyword
+fisher = "fisher"
 """
 
 import json
@@ -86,6 +92,8 @@ class Recipe(_Part):
     tasks: dict[str, Path]
     heads: HeadsPart = HeadsPart()
     inputs: InputsPart | None = None
+    where: dict[str, dict[str, dict[str, Any]]] = {}
+    ingredients: dict[str, Path] = {}
     limits: LimitPart = LimitPart()
 
 
@@ -131,6 +139,7 @@ def _with_paths(recipe: Recipe, change: Callable[[Path], Path]) -> Recipe:
             "model": recipe.model.model_copy(update={"base": change(recipe.model.base)}),
             "experts": {name: change(path) for name, path in recipe.experts.items()},
             "tasks": {name: change(path) for name, path in recipe.tasks.items()},
+            "ingredients": {name: change(path) for name, path in recipe.ingredients.items()},
             "heads": recipe.heads.model_copy(update={"file": file and change(file)}),
             "inputs": inputs and inputs.model_copy(update={"files": [change(path) for path in inputs.files]}),
         }

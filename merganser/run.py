@@ -19,17 +19,20 @@ from typing import Any
 from torch import Tensor
 
 from .adapt import adapt, how_text
-from .card import key_of, read_card, read_json, versions, write_json
+from .card import file_digests, key_of, read_card, read_json, versions, write_json
 from .diagnose.interference import diagnose
 from .errors import MissingExtra
 from .evaluate.run import Model, evaluate
 from .evaluate.table import Row, overall_gain, read_rows, table, write_rows
-from .merge import applied, merge, merged_deltas
+from .examine import asked_by
+from .loop import applied
+from .merge import merge
 from .prepare import Prepared, prepare
 from .progress import Progress, silent
 from .recipe import Recipe, made_relative, read_recipe, to_toml
 from .sentence import Sentence, parse
-from .sweep import best_row, score_experts, score_sentence
+from .sweep import best_row, delta_of, score_experts, score_sentence
+from .where import for_sentence
 
 
 @dataclass
@@ -149,6 +152,7 @@ def score_all(ready: Prepared, experts: Mapping[str, Any], stages: _Stages) -> l
             "seed": ready.recipe.seed,
             "scored_on": ready.scored_on,
             "experts": _keys(ready, experts[how]),
+            **_given(ready, sentence),
         }
         work = partial(score_sentence, ready, sentence, experts[how], progress=stages.progress)
         rows += stages.rows(str(sentence), key, work)
@@ -224,7 +228,7 @@ def keep_best(ready: Prepared, experts: Mapping[str, Any], rows: list[Row], stag
     best = parse(best_row(rows).sentence)
     how = how_text(best.adapt)
     folder = stages.folder / "merged"
-    sources = {**_keys(ready, experts[how]), "sentence": str(best), "seed": ready.recipe.seed}
+    sources = {**_keys(ready, experts[how]), "sentence": str(best), "seed": ready.recipe.seed, **_given(ready, best)}
     found = read_json(folder / "card.json")
     if found is not None and found.get("sources") == sources:
         stages.note(f"write {best}", started, reused=True)
@@ -236,10 +240,20 @@ def keep_best(ready: Prepared, experts: Mapping[str, Any], rows: list[Row], stag
         into=folder,
         own=ready.left_out,
         seed=ready.recipe.seed,
+        where=for_sentence(ready.recipe.where, best.merging),
+        ingredients=asked_by(best.merging, ready.recipe.ingredients),
         progress=stages.progress,
         about={"sentence": str(best), "sources": sources},
     )
     stages.note(f"write {best}", started)
+
+
+def _given(ready: Prepared, sentence: Sentence) -> dict[str, Any]:
+    """Return the patterns and ingredients that bear on a sentence's result, if there are any."""
+    where = for_sentence(ready.recipe.where, sentence)
+    told = {"where": where} if where else {}
+    asked = asked_by(sentence, ready.recipe.ingredients)
+    return told | ({"ingredients": {name: file_digests(path) for name, path in asked.items()}} if asked else {})
 
 
 def slug(text: str) -> str:
@@ -249,7 +263,7 @@ def slug(text: str) -> str:
 
 
 def _merged(ready: Prepared, experts: Mapping[str, Any], sentence: Sentence) -> dict[str, Tensor]:
-    delta = dict(merged_deltas(ready.base, experts, sentence.merging, list(ready.base), seed=ready.recipe.seed))
+    delta = delta_of(ready, sentence, experts)
     return {n: applied(t, delta[n]) if n in delta else t for n, t in ready.base.items()}
 
 

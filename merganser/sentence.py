@@ -7,10 +7,13 @@ step's kind, the file its name.
 
 import ast
 import importlib
+import importlib.util
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import cache
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,14 @@ from typing import Any
 from .errors import SentenceError, did_you_mean
 
 KINDS = ("adapt", "edit", "align", "combine")
-GIVEN = {"rng", "survey", "name"}
+GIVEN = {"rng", "survey", "name", "base", "numel", "experts"}
 """Keywords that the loop gives to edit, align and combine steps; a sentence cannot set them."""
+FILE = re.compile(r"([^\s|()'\"]+\.py):([A-Za-z_]\w*)")
+ENTRY_POINTS = "merganser.steps"
+
+
+class Each(list):
+    """A knob's values, one an expert: written ``density={"a": 0.2, "b": 0.5}``, by the experts' names."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +47,54 @@ class Step:
 
     def call(self, *args: Any, **given: Any) -> Any:
         """Call the function with its knobs and those ``given`` values that its signature names."""
-        wanted = {k: v for k, v in given.items() if k in inspect.signature(self.function).parameters}
-        return self.function(*args, **self.knobs, **wanted)
+        wanted = takes(self.function)
+        return self.function(*args, **{**self.knobs, **{k: v for k, v in given.items() if k in wanted}})
 
-    def module(self) -> Any:
-        """Return the module the function comes from."""
-        return inspect.getmodule(self.function)
+    def for_experts(self, experts: Sequence[str]) -> "Step":
+        """Return the step with knobs given by experts' names as lists in their order. Raises SentenceError for a name."""
+        knobs = dict(self.knobs)
+        for knob, value in self.knobs.items():
+            if isinstance(value, Mapping):
+                for name in [*value, *experts]:
+                    if name not in experts or name not in value:
+                        what = "there is no such expert" if name not in experts else "it has no value"
+                        raise SentenceError(f"{self}: {knob}: '{name}': {what}; give one value for each of {[*experts]}")
+                knobs[knob] = Each(value[name] for name in experts)
+        return self if knobs == self.knobs else replace(self, knobs=knobs)
+
+    def for_one(self, row: int) -> dict[str, Any]:
+        """Return the knobs that the expert in this row has."""
+        return {k: v[row] if isinstance(v, Each) else v for k, v in self.knobs.items()}
+
+    def hook(self, name: str) -> Any:
+        """Return what the function's module says under ``name`` (``passes``, ``prepare``, ...), or None."""
+        return getattr(inspect.getmodule(self.function), name, None)
+
+    @cached_property
+    def looks(self) -> list[Callable[..., Any]]:
+        """What the step has to learn first: functions whose results add up over tensors and cuts."""
+        passes = self.hook("passes")
+        try:
+            return passes(**self.knobs) if passes else []
+        except (ValueError, TypeError) as error:
+            raise SentenceError(f"{self}: {error}") from None
+
+    @cached_property
+    def scope(self) -> str:
+        """Over what a survey sums: the "model", or one "tensor"."""
+        default = knobs_of(self.function).get("scope", self.hook("SCOPE") or "model")
+        return str(self.knobs.get("scope", default))
+
+    @cached_property
+    def elementwise(self) -> bool:
+        """Whether, given its survey, an entry of the result depends on that entry alone, so tensors may be cut."""
+        told = self.hook("elementwise")
+        return bool(told(**self.knobs)) if told else bool(self.hook("ELEMENTWISE"))
+
+    @cached_property
+    def ingredients(self) -> list[str]:
+        """The extra tensors it needs: keywords without a default that the loop does not give."""
+        return ingredients_of(self.function) if self.kind != "adapt" else []
 
 
 @dataclass(frozen=True)
@@ -98,12 +149,58 @@ def known_steps() -> dict[str, str]:
 
 @cache
 def find(name: str) -> tuple[str, Callable[..., Any]]:
-    """Return kind and function of the step called ``name``. Raises SentenceError with a suggestion."""
+    """Return kind and function of the step called ``name``: ours, an entry point's, or ``file.py:function``.
+
+    Raises SentenceError with a suggestion.
+    """
+    if match := FILE.fullmatch(name):
+        return _from_file(Path(match[1]), match[2])
     known = known_steps()
-    if name not in known:
-        raise SentenceError(f"unknown step '{name}'{did_you_mean(name, known)}; known: {', '.join(sorted(known))}")
-    kind = known[name]
-    return kind, getattr(importlib.import_module(f"merganser.steps.{kind}.{name}"), name)
+    if name in known:
+        return known[name], getattr(importlib.import_module(f"merganser.steps.{known[name]}.{name}"), name)
+    from importlib.metadata import entry_points
+
+    others = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
+    if name in others:
+        function = others[name].load()
+        return kind_of(function), function
+    raise SentenceError(
+        f"unknown step '{name}'{did_you_mean(name, [*known, *others])}; known: {', '.join(sorted([*known, *others]))}"
+    )
+
+
+def _from_file(path: Path, name: str) -> tuple[str, Callable[..., Any]]:
+    if not path.is_file():
+        raise SentenceError(f"{path}:{name}: no such file; a step of your own is written PATH.py:FUNCTION")
+    spec = importlib.util.spec_from_file_location(f"merganser_step_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # so that inspect finds passes and constants beside the function
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise SentenceError(f"{path}: cannot be imported: {type(error).__name__}: {error}") from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        there = [n for n, f in vars(module).items() if inspect.isfunction(f) and not n.startswith("_")]
+        raise SentenceError(f"{path}: has no function '{name}'{did_you_mean(name, there)}")
+    return kind_of(function), function
+
+
+@cache
+def takes(function: Callable[..., Any]) -> frozenset[str]:
+    """Return the names of a function's parameters."""
+    return frozenset(inspect.signature(function).parameters)
+
+
+def ingredients_of(function: Callable[..., Any]) -> list[str]:
+    """Return the ingredients of a step: keywords without a default that the loop does not give."""
+    return [
+        p.name
+        for p in inspect.signature(function).parameters.values()
+        if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in GIVEN
+    ]
 
 
 def knobs_of(function: Callable[..., Any]) -> dict[str, Any]:
@@ -120,7 +217,7 @@ def parse(how: "str | Sentence | Iterable[Any]") -> Sentence:
     if isinstance(how, Sentence):
         return how
     if isinstance(how, str):
-        return _grammar(tuple(_word(node, how) for node in _words(how)), how)
+        return _grammar(tuple(step_of(node, how) for node in words_of(how)), how)
     steps: list[Step] = []
     for item in how:
         steps += parse_words(item) if isinstance(item, str) else [_from_function(item)]
@@ -129,12 +226,20 @@ def parse(how: "str | Sentence | Iterable[Any]") -> Sentence:
 
 def parse_words(text: str) -> list[Step]:
     """Return the steps of ``text`` without asking for a whole sentence (``"ri(steps=5)"`` alone is fine)."""
-    return [_word(node, text) for node in _words(text)]
+    return [step_of(node, text) for node in words_of(text)]
 
 
-def _words(text: str) -> list[ast.expr]:
+def words_of(text: str) -> list[ast.expr]:
+    """Return the words of a sentence as syntax; ``file.py:function`` is read as a name of that spelling."""
+    files: list[str] = []
+
+    def stand_in(match: re.Match[str]) -> str:
+        files.append(match[0])
+        return f"__file{len(files) - 1}__"
+
+    plain = FILE.sub(stand_in, text.strip())
     try:
-        node = ast.parse(text.strip(), mode="eval").body
+        node = ast.parse(plain, mode="eval").body
     except SyntaxError as error:
         raise SentenceError(
             f"cannot read '{text}' at character {error.offset}: a sentence is words joined by |, "
@@ -144,10 +249,16 @@ def _words(text: str) -> list[ast.expr]:
     while isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
         words.insert(0, node.right)
         node = node.left
-    return [node, *words]
+    words.insert(0, node)
+    for word in words:
+        for name in ast.walk(word):
+            if isinstance(name, ast.Name) and (match := re.fullmatch(r"__file(\d+)__", name.id)):
+                name.id = files[int(match[1])]
+    return words
 
 
-def _word(node: ast.expr, text: str) -> Step:
+def step_of(node: ast.expr, text: str) -> Step:
+    """Return the step that a word of ``text`` says. Raises SentenceError."""
     call = node if isinstance(node, ast.Call) else None
     word = call.func if call else node
     if not isinstance(word, ast.Name):
@@ -164,22 +275,35 @@ def _word(node: ast.expr, text: str) -> Step:
         except ValueError:
             raise SentenceError(f"'{ast.unparse(node)}': '{ast.unparse(keyword.value)}' is not a plain value") from None
     allowed = knobs_of(function)
-    for knob in knobs:
-        if knob not in allowed:
-            raise SentenceError(
-                f"'{word.id}' has no knob '{knob}'{did_you_mean(knob, allowed)}; its knobs: {', '.join(allowed) or 'none'}"
-            )
+    its = f"its knobs: {', '.join(allowed) or 'none'}"
+    wrong = [f"'{word.id}' has no knob '{knob}'{did_you_mean(knob, allowed)}" for knob in knobs if knob not in allowed]
+    if wrong:
+        raise SentenceError(f"{', '.join(wrong)}; {its}", [f"{one}; {its}" for one in wrong])
     return Step(word.id, kind, function, knobs)
 
 
 def _from_function(function: Callable[..., Any]) -> Step:
-    first = next(iter(inspect.signature(function).parameters), "")
+    return Step(getattr(function, "__name__", "step"), kind_of(function), function)
+
+
+def kind_of(function: Callable[..., Any]) -> str:
+    """Return the kind of a step that is a plain function, from its first argument's name and what it returns.
+
+    ``delta`` is an edit; ``deltas`` is an align step if its return annotation is a tuple, else a combining step; one of
+    ours is what its folder says. Raises SentenceError for any other signature.
+    """
+    room = (function.__module__ or "").split(".")
+    if room[:2] == ["merganser", "steps"] and room[2] in KINDS:
+        return room[2]
+    signature = inspect.signature(function)
+    first = next(iter(signature.parameters), "")
     if first not in ("deltas", "delta"):
         raise SentenceError(
             f"{getattr(function, '__name__', function)!r}: a step's first argument is called 'delta' (an edit) or "
-            f"'deltas' (a combining step), this one's is '{first}'"
+            f"'deltas' (an align or combining step), this one's is '{first}'"
         )
-    return Step(function.__name__, "edit" if first == "delta" else "combine", function)
+    pair = str(signature.return_annotation).removeprefix("<class '").lower().startswith(("tuple", "typing.tuple"))
+    return "edit" if first == "delta" else "align" if pair else "combine"
 
 
 def _grammar(steps: tuple[Step, ...], text: str) -> Sentence:

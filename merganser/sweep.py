@@ -12,10 +12,12 @@ from torch import Tensor
 
 from .evaluate.run import Model, Scores, evaluate
 from .evaluate.table import Row
-from .merge import applied, merged_deltas
+from .examine import asked_by, open_ingredients
+from .loop import applied, is_statistic, merged_deltas
 from .prepare import Prepared
 from .progress import Progress, silent
 from .sentence import Sentence, Step, find
+from .where import Patterns, Where, for_sentence
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,11 @@ class Scaled:
         return Sentence((*self.sentence.steps, *last))
 
 
-def split_scale(sentence: Sentence) -> Scaled:
-    """Take a last ``scale(by=x)`` off a sentence."""
+def split_scale(sentence: Sentence, where: Patterns | None = None) -> Scaled:
+    """Take a last ``scale(by=x)`` off a sentence; one that differs from tensor to tensor stays."""
     last = sentence.steps[-1]
-    if last.name == "scale" and len(sentence.after) > 0:
+    varies = any("scale" in steps for steps in (where or {}).values())
+    if last.name == "scale" and len(sentence.after) > 0 and not varies:
         return Scaled(Sentence(sentence.steps[:-1]), float(last.knobs.get("by", 1.0)))
     return Scaled(sentence, 1.0)
 
@@ -53,12 +56,8 @@ def score_sentence(
 ) -> list[Row]:
     """Return one row for the sentence as written and, where scales are tried, one with the scale chosen on validation."""
     started = time.monotonic()
-    scaled = split_scale(sentence)
-    delta = dict(
-        merged_deltas(
-            ready.base, experts, scaled.sentence.merging, list(ready.base), seed=ready.recipe.seed, progress=progress
-        )
-    )
+    scaled = split_scale(sentence, ready.recipe.where)
+    delta = delta_of(ready, scaled.sentence, experts, progress)
     scales = ready.recipe.scales if is_tuned(sentence) else []
     points: list[dict[str, float]] = []
     with progress(f"score {sentence}", len(scales) + 2) as tick:
@@ -83,6 +82,18 @@ def score_sentence(
     return rows
 
 
+def delta_of(
+    ready: Prepared, sentence: Sentence, experts: Mapping[str, Mapping[str, Tensor]], progress: Progress = silent
+) -> dict[str, Tensor]:
+    """Return the merged deltas of a sentence with the recipe's seed, patterns and ingredients."""
+    merging, recipe = sentence.merging, ready.recipe
+    return merged_deltas(
+        ready.base, experts, merging, list(ready.base), seed=recipe.seed,
+        where=Where(for_sentence(recipe.where, merging), ready.base),
+        ingredients=open_ingredients(asked_by(merging, recipe.ingredients), merging, tuple(experts)), progress=progress,
+    )  # fmt: skip
+
+
 def is_past(points: Sequence[Mapping[str, float]], patience: int = 3) -> bool:
     """Tell whether the last ``patience`` scales are all below the best by more than two points: the peak is behind."""
     best = max(p["val"] for p in points)
@@ -91,7 +102,9 @@ def is_past(points: Sequence[Mapping[str, float]], patience: int = 3) -> bool:
 
 def scores_at(ready: Prepared, delta: Mapping[str, Tensor], by: float, split: str) -> Scores:
     """Return the scores of ``base + by * delta`` on a split."""
-    merged = {n: applied(t, delta[n] * by) if n in delta else t for n, t in ready.base.items()}
+    merged = {
+        n: applied(t, delta[n] * (1 if is_statistic(n) else by)) if n in delta else t for n, t in ready.base.items()
+    }
     return evaluate(Model(ready.encoder, merged, ready.heads, ready.kind), getattr(ready, split))
 
 

@@ -1,6 +1,7 @@
 """The main job from a recipe: done once, redone only where something changed, and wrong input told in one line."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -167,7 +168,7 @@ BAD = {
     "nan": (lambda f: poison(f / "experts/spots"), "expert 'spots' has NaN or inf in tensor 'norm.weight'"),
     "other shape": (lambda f: reshape(f / "experts/spots"), "expert 'spots' has other shapes: 'norm.bias' [9]"),
     "other keys": (lambda f: rename(f / "experts/spots"), "expert 'spots' lacks 'norm.bias'"),
-    "pickle": (lambda f: pickled(f / "experts/spots"), "a pickle can run code"),
+    "hostile pickle": (lambda f: pickled(f / "experts/spots"), "refused, and nothing in it was run: this pickle wants"),
 }  # fmt: skip
 
 
@@ -188,8 +189,13 @@ def rename(folder):
     merganser.save(weights, folder)
 
 
+class Hostile:
+    def __reduce__(self):
+        return os.abort, ()
+
+
 def pickled(folder):
-    torch.save(dict(merganser.open_weights(folder)), folder / "pytorch_model.bin")
+    torch.save({**merganser.open_weights(folder), "more": Hostile()}, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
 
 

@@ -1,0 +1,424 @@
+"""The loop: for each tensor, read the deltas in fp32, edit, align, combine, edit, and hand on what comes out.
+
+One loop serves memory, disk and parts of a model. A tensor's result depends on that tensor, the surveys and seeds
+named after it, never on where the bytes are, in which order or by which process they are read; so all agree bit by bit.
+
+Where every step is element-wise a tensor is read, merged and written in cuts of `CUT` entries, which stay in the
+processor's cache: memory does not grow with the model. Other steps see whole tensors. Tensors run in parallel, one
+thread each, as many as torch would use.
+
+Rules: tensors that are not floating point (position ids, counters) are the base's. A tensor that no expert has moved is
+the base's, bit by bit, and does not count where a step looks at the whole model (TIES trims among what fine-tuning
+moved). Running statistics of batch norm are the plain mean of the experts', whatever the sentence: trimmed or scaled
+they would be no statistics (a variance can turn negative). Deltas are fp32, those of float64 tensors float64.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .errors import SentenceError, WeightsError
+from .parallel import in_order, one_thread_each
+from .progress import Progress, silent
+from .sentence import Sentence, Step, find, takes
+from .weights.header import header, shape_of
+from .where import Where
+
+CUT = 1 << 16  # entries; a multiple of 16, so that a generator draws for cuts what it draws for the whole tensor
+STATISTICS = ("running_mean", "running_var")
+Surveys = Mapping[tuple[int, str], Any]
+
+
+@dataclass(frozen=True)
+class Ingredient:
+    """Extra tensors under the model's names: one set shared by all experts, or one set an expert."""
+
+    shared: Mapping[str, Tensor] | None = None
+    each: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+
+    def of(self, name: str) -> Tensor | None:
+        """Return the tensor for ``name``, shared or stacked over experts; None where it is not there."""
+        if self.shared is not None:
+            return self.shared.get(name)
+        rows = [weights[name] for weights in self.each.values() if name in weights]
+        return torch.stack(rows) if rows and len(rows) == len(self.each) else None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is merged: the weights, the sentence, the names, and what the steps are given."""
+
+    base: Mapping[str, Tensor]
+    experts: Mapping[str, Mapping[str, Tensor]]
+    sentence: Sentence
+    names: Sequence[str]
+    seed: int = 0
+    ingredients: Mapping[str, Ingredient] = field(default_factory=dict)
+    where: Where = field(default_factory=Where)
+    alike: Mapping[str, str] = field(default_factory=dict)  # tied tensors draw the random numbers of one of them
+    seen: Callable[[str, str, int, Tensor], None] | None = None  # told model, name, place and piece of what is merged
+
+    def steps(self, name: str) -> tuple[Step, ...]:
+        """Return the steps for one tensor with the knobs they have there."""
+        if is_statistic(name):
+            return (Step("average", *find("average")),)
+        experts = tuple(self.experts)
+        return tuple(step.for_experts(experts) for step in self.where.resolve(self.sentence, name).steps)
+
+    def sizes(self, names: Sequence[str]) -> list[int]:
+        """Return the number of entries of each tensor."""
+        return [math.prod(shape_of(self.base, name)) for name in names]
+
+
+def is_statistic(name: str) -> bool:
+    """Tell whether a tensor is a running statistic of batch norm, as torch names them."""
+    return name.endswith(STATISTICS)
+
+
+class Piece(NamedTuple):
+    """Entries ``[at, at + n)`` of a flattened tensor: the base's as stored and as computed with, and a value made there."""
+
+    at: int
+    origin: Tensor
+    base: Tensor
+    value: Any  # the deltas [experts, ...], a merged delta, or None where no expert has moved anything
+
+
+def survey(job: Job, *, share: Any = None, progress: Progress = silent) -> Surveys:
+    """Return what the steps have to learn from the whole model before they are run, step after step.
+
+    Tensors whose step has the same knobs are surveyed together. ``share`` (`parts.Share`) takes other processes' sums.
+    """
+    surveys: dict[tuple[int, str], Any] = {}
+    for i in range(len(job.sentence.steps)):
+        groups: dict[str, tuple[Step, list[str]]] = {}
+        for name in job.names:
+            steps = job.steps(name)
+            if not is_statistic(name):
+                groups.setdefault(str(steps[i]), (steps[i], []))[1].append(name)
+        for told, (step, names) in groups.items():
+            if prepare := step.hook("prepare"):
+                rng = {"rng": generator(job.seed, told, "all")} if "rng" in takes(prepare) else {}
+                try:
+                    surveys[i, told] = prepare(lambda n, i=i: _whole(job, n, i, surveys), names, **step.knobs, **rng)
+                except ValueError as error:
+                    raise SentenceError(f"{step}: {error}") from None
+            elif step.looks and step.scope == "model":
+                learned: list[Any] = []
+                for p, look in enumerate(step.looks):
+                    with progress(f"survey {step}, pass {p + 1} of {len(step.looks)}", len(names)) as tick:
+                        sums = _sums(job, names, i, look, learned, surveys, share, (i, told, p), tick)
+                    if sums is None:
+                        break
+                    learned.append(sums)
+                surveys[i, told] = learned or None
+    return surveys
+
+
+class Sums:
+    """A survey growing tensor by tensor; floating point sums are added in the order of names, so order never shows."""
+
+    def __init__(self, whole: Any = None, each: dict[str, Any] | None = None):
+        self.whole, self.each = whole, each or {}
+
+    def take(self, name: str, value: Any) -> None:
+        """Add one tensor's value."""
+        if isinstance(value, Tensor) and not value.is_floating_point():
+            self.whole = value if self.whole is None else self.whole + value
+        elif value is not None:
+            self.each[name] = value
+
+    def __add__(self, other: "Sums") -> "Sums":
+        wholes = [one.whole for one in (self, other) if one.whole is not None]
+        return Sums(reduce(add, wholes) if wholes else None, self.each | other.each)
+
+    def total(self) -> Any:
+        """Return the sum over all tensors; None if there was none."""
+        return reduce(add, (self.each[name] for name in sorted(self.each))) if self.each else self.whole
+
+
+def _sums(
+    job: Job, names: Sequence[str], i: int, look: Any, learned: list, surveys: Surveys, share: Any, key: Any, tick: Any
+) -> Any:
+    def of(some: Sequence[str]) -> Sums:
+        sums = Sums()
+        with one_thread_each() as workers:
+            seen = in_order(lambda n: _look(job, n, i, look, learned, surveys), some, job.sizes(some), workers)
+            for name, value in zip(some, seen, strict=True):
+                sums.take(name, value)
+                tick(1)
+        return sums
+
+    return (of(names) if share is None else share.sums(key, names, of)).total()
+
+
+def _look(job: Job, name: str, i: int, look: Any, learned: list, surveys: Surveys) -> Any:
+    """Return what one look sees in one tensor at step ``i``; None if no expert has moved it."""
+    total: Any = None
+    moved = False
+    wanted = takes(look)
+    numel = math.prod(shape_of(job.base, name))
+    steps = job.steps(name)
+    extra = _ingredients(job, name, steps[i])
+    merged = any(step.kind == "combine" for step in steps[:i])
+    for piece in through(job, name, i, surveys, zeros=True):
+        deltas, touched = piece.value
+        deltas = deltas[None] if merged else deltas
+        moved = moved or touched
+        given = {"base": piece.base, "name": name, "numel": numel, **_cut(extra, piece, numel, len(deltas))}
+        seen = look(deltas, learned, **{k: v for k, v in given.items() if k in wanted})
+        total = seen if total is None else total + seen
+    if not moved:
+        return None
+    return total.tensor() if hasattr(total, "tensor") else total  # a tally that has waited for more is counted now
+
+
+def _whole(job: Job, name: str, i: int, surveys: Surveys) -> tuple[Tensor, Tensor]:
+    """Return base and deltas of a whole tensor as step ``i`` sees them."""
+    cuts = [(p.base, p.value[0].clone()) for p in through(job, name, i, surveys, zeros=True)]
+    shape, rows = shape_of(job.base, name), len(job.experts)
+    base = torch.cat([base.reshape(-1) for base, _ in cuts]).reshape(shape)
+    return base, torch.cat([deltas.reshape(rows, -1) for _, deltas in cuts], dim=1).reshape(rows, *shape)
+
+
+def through(job: Job, name: str, upto: int | None, surveys: Surveys, *, zeros: bool = False) -> Iterator[Piece]:
+    """Run the first ``upto`` steps (default: all) on one tensor and yield it piece by piece.
+
+    A piece's value is None where no expert has moved anything; with ``zeros`` it is (value, moved), moved or not. The
+    value may lie in a buffer that the next piece overwrites.
+    """
+    steps = job.steps(name)
+    if upto is not None and len(steps) < upto:
+        upto = len(steps)
+    cut = CUT if all(step.elementwise for step in steps) else None
+    chosen = steps[:upto]
+    known = _tensor_surveys(job, name, steps, len(chosen), surveys)
+    shape = shape_of(job.base, name)
+    run = _Run(job, name, chosen, known, math.prod(shape))
+    for at, origin, base, deltas, moved in read(job, name, cut, shape):
+        if zeros:
+            yield Piece(at, origin, base, (run(at, base, deltas), moved))
+        elif moved or run.draws:
+            value = run(at, base, deltas)
+            yield Piece(at, origin, base, value if moved else None)
+        else:
+            yield Piece(at, origin, base, None)
+
+
+def _tensor_surveys(job: Job, name: str, steps: Sequence[Step], upto: int, surveys: Surveys) -> list[Any]:
+    """Return the survey of each of the first ``upto`` steps: the model's, or this tensor's where that is the scope."""
+    local = dict(surveys)
+    for i, step in enumerate(steps[:upto]):
+        if (i, str(step)) not in local and step.looks and step.scope == "tensor":
+            learned: list[Any] = []
+            for look in step.looks:
+                seen = _look(job, name, i, look, learned, local)
+                if seen is None:
+                    break
+                learned.append(seen)
+            local[i, str(step)] = learned or None
+    return [local.get((i, str(step))) for i, step in enumerate(steps[:upto])]
+
+
+class _Run:
+    """The steps over one tensor: generators, ingredients and surveys stay from piece to piece."""
+
+    def __init__(self, job: Job, name: str, steps: Sequence[Step], surveys: list[Any], numel: int):
+        self.name, self.steps, self.surveys, self.numel = name, steps, surveys, numel
+        self.experts = tuple(job.experts)
+        self.at = next((k for k, step in enumerate(steps) if step.kind == "combine"), len(steps))
+        self.draws = any("rng" in takes(step.function) for step in steps)
+        self.extra = [_ingredients(job, name, step) for step in steps]
+        drawn_as = job.alike.get(name, name)
+        words = [step.function for step in steps]
+        self.rngs: dict[tuple[int, str], torch.Generator] = {
+            (k, who): generator(job.seed, drawn_as, who, words[:k].count(step.function))
+            for k, step in enumerate(steps)
+            if "rng" in takes(step.function)
+            for who in (self.experts if step.kind == "edit" and k < self.at else ("merged",))
+        }
+
+    def __call__(self, at: int, base: Tensor, deltas: Tensor) -> Tensor:
+        value, restores = deltas, []
+        for k, step in enumerate(self.steps):
+            given = {"name": self.name, "base": base, "numel": self.numel, "experts": self.experts}
+            if step.kind == "edit":
+                value = self._edit(k, step, at, value, given)
+                continue
+            given |= {"survey": self.surveys[k], "rng": self.rngs.get((k, "merged"))}
+            given |= _cut(self.extra[k], Piece(at, base, base, None), self.numel, len(self.experts))
+            if step.kind == "align":
+                value, restore = named(step, self.name, value, **given)
+                restores.append(restore)
+            else:
+                value = named(step, self.name, value, **given)
+                while restores:
+                    value = restores.pop()(value)
+                if not math.isfinite(value.detach().sum().item()) and not torch.isfinite(value).all():
+                    raise SentenceError(f"{step}: makes NaN or inf in tensor '{self.name}'")
+        return value
+
+    def _edit(self, k: int, step: Step, at: int, value: Tensor, given: dict[str, Any]) -> Tensor:
+        merged = k > self.at
+        rows = value[None] if merged else value
+        whos = ("merged",) if merged else self.experts
+        out = []
+        for r, (row, who) in enumerate(zip(rows, whos, strict=True)):
+            survey = None if self.surveys[k] is None else [total[r] for total in self.surveys[k]]
+            extra = _cut(self.extra[k], Piece(at, row, row, None), self.numel, len(whos))
+            own = {n: t[r] if t is not None and t.ndim > row.ndim else t for n, t in extra.items()}
+            given |= {"survey": survey, "rng": self.rngs.get((k, who)), **step.for_one(r)}
+            out.append(named(step, self.name, row, **given, **own))
+        return out[0] if merged else torch.stack(out)
+
+
+def _ingredients(job: Job, name: str, step: Step) -> dict[str, Tensor | None]:
+    return {n: job.ingredients[n].of(name) if n in job.ingredients else None for n in step.ingredients}
+
+
+def _cut(extra: Mapping[str, Tensor | None], piece: Piece, numel: int, experts: int) -> dict[str, Tensor | None]:
+    """Return the entries of the ingredients that lie under a piece, for ingredients of the tensor's own size."""
+    if not extra:
+        return {}
+    shape = piece.base.shape
+    cut = slice(piece.at, piece.at + piece.base.numel())
+
+    def under(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or tensor.numel() not in (numel, experts * numel):
+            return tensor
+        if tensor.numel() == numel:
+            return tensor.reshape(-1)[cut].reshape(shape)
+        return tensor.reshape(experts, numel)[:, cut].reshape(experts, *shape)
+
+    return {name: under(tensor) for name, tensor in extra.items()}
+
+
+def read(
+    job: Job, name: str, cut: int | None, shape: tuple[int, ...]
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor, bool]]:
+    """Yield place, base as stored, base as computed with, deltas ``[experts, n]`` and whether any is not zero.
+
+    ``cut`` is the number of entries in a piece; None gives the whole tensor in its shape. The deltas lie in a buffer
+    that the next piece overwrites. Raises WeightsError, naming tensor and model, at a value that is not finite.
+    """
+    origin = job.base[name].reshape(-1)
+    thetas = [weights[name].reshape(-1) for weights in job.experts.values()]
+    numel, kind = origin.numel(), torch.float64 if origin.dtype == torch.float64 else torch.float32
+    step = max(1, min(cut or numel, numel))
+    buffer = torch.empty(len(thetas), step, dtype=kind)
+    rows = list(buffer)
+    for at in range(0, max(1, numel), step):
+        n = min(step, numel - at)
+        base = origin[at : at + n].to(kind)
+        if job.seen:
+            job.seen("base", name, at, origin[at : at + n])
+        for row, theta, expert in zip(rows, thetas, job.experts, strict=True):
+            piece, out = theta[at : at + n], row[:n]
+            if job.seen:
+                job.seen(expert, name, at, piece)
+            # copying first, then subtracting in place, is twice as fast as a subtraction of two dtypes
+            torch.sub(piece, base, out=out) if piece.dtype == kind else out.copy_(piece).sub_(base)
+        deltas = buffer[:, :n]
+        total = deltas.sum().item()
+        if not math.isfinite(total):
+            _check_finite(job, name, deltas)
+        moved = total != 0 or bool(deltas.any())
+        if cut is None:
+            base, deltas = base.reshape(shape), deltas.reshape(len(thetas), *shape)
+        yield at, origin[at : at + n], base, deltas, moved
+
+
+def _check_finite(job: Job, name: str, deltas: Tensor) -> None:
+    if torch.isfinite(deltas).all():
+        return
+    who = next((e for e, w in job.experts.items() if not torch.isfinite(w[name].float()).all()), "the base")
+    where = who if who == "the base" else f"expert '{who}'"
+    raise WeightsError(f"{where} has NaN or inf in tensor '{name}': repair or leave out that checkpoint")
+
+
+def merge_each(
+    job: Job,
+    surveys: Surveys,
+    put: Callable[[str, Piece], None],
+    *,
+    only: Sequence[str] | None = None,
+    done: Callable[[str], None] | None = None,
+    progress: Progress = silent,
+) -> None:
+    """Merge the job's tensors (or ``only`` some) and hand each piece, its value the merged delta or None, to ``put``.
+
+    ``put`` is called from several threads, for one tensor in the order of its pieces; then ``done``.
+    """
+
+    def one(name: str) -> None:
+        for piece in through(job, name, None, surveys):
+            put(name, piece)
+        if done is not None:
+            done(name)
+
+    names = job.names if only is None else only
+    with one_thread_each() as workers, progress(f"merge {job.sentence}", len(names)) as tick:
+        for _ in in_order(one, names, job.sizes(names), workers):
+            tick(1)
+
+
+def merged_deltas(
+    base: Mapping[str, Tensor],
+    experts: Mapping[str, Mapping[str, Tensor]],
+    sentence: Sentence,
+    names: Sequence[str],
+    *,
+    seed: int = 0,
+    ingredients: Mapping[str, Ingredient] | None = None,
+    where: Where | None = None,
+    progress: Progress = silent,
+) -> dict[str, Float[Tensor, "*shape"]]:
+    """Return the merged delta (fp32) of every tensor that an expert has moved."""
+    floats = [name for name in names if is_float(base, name)]
+    job = Job(base, experts, sentence, floats, seed, ingredients or {}, where or Where())
+    merged: dict[str, Tensor] = {}
+
+    def put(name: str, piece: Piece) -> None:
+        if piece.value is not None:
+            if name not in merged:
+                merged[name] = torch.zeros(shape_of(base, name), dtype=piece.base.dtype)
+            merged[name].reshape(-1)[piece.at : piece.at + piece.base.numel()] = piece.value.reshape(-1)
+
+    merge_each(job, survey(job, progress=progress), put, progress=progress)
+    return {name: merged[name] for name in names if name in merged}
+
+
+def is_float(weights: Mapping[str, Tensor], name: str) -> bool:
+    """Tell whether a tensor is floating point, from the header where there is one."""
+    return header(weights, name)[0].startswith(("F", "BF"))
+
+
+def applied(base: Tensor, delta: Float[Tensor, "*shape"]) -> Tensor:
+    """Return ``base + delta``, added in fp32 (float64 for a float64 base) and cast to the base's dtype."""
+    return (base.to(delta.dtype) + delta).to(base.dtype)
+
+
+def generator(seed: int, tensor: str, expert: str, nth: int = 0) -> torch.Generator:
+    """Return a generator seeded from names, so neither the order of work nor the machine changes what is drawn.
+
+    ``nth`` counts the earlier uses of the same step in a sentence, so that a second ``dare`` throws other dice.
+    """
+    named_seed = hashlib.sha256(f"{seed}|{tensor}|{expert}{f'|{nth}' if nth else ''}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(named_seed[:8], "little") >> 1)
+
+
+def named(step: Step, tensor: str, *args: Any, **given: Any) -> Any:
+    """Call a step; its own terse error gets sentence word and tensor added, once."""
+    try:
+        return step.call(*args, **given)
+    except (ValueError, TypeError) as error:
+        where = f" (tensor '{tensor}')" if tensor else ""
+        raise SentenceError(f"{step}: {error}{where}") from None
