@@ -1,0 +1,232 @@
+"""What a mergekit YAML may say. Whatever else it says is one clear error before any work; mergekit would ignore it."""
+
+import re
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from ..errors import RecipeError, did_you_mean
+
+Settings = dict[str, Any]
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+OTHERS = {
+    "experts": "mergekit-moe",
+    "gate_mode": "mergekit-moe",
+    "genome": "mergekit-evolve",
+    "tasks": "mergekit-evolve",
+}
+LORA = "merge the adapter into its model first (PEFT: merge_and_unload) and name the folder of the result"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Ref(_Part):
+    """A model: a folder, or a name on the Hub; ``org/name@revision`` names a branch, tag or commit."""
+
+    path: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.path}@{self.revision}" if self.revision else self.path
+
+
+def _ref(told: Any) -> Any:
+    """Read mergekit's spellings: ``path``, ``path@revision``, ``path+lora``, and mappings with these parts."""
+    if isinstance(told, str):
+        if Path(told).exists():
+            return {"path": told}
+        model, _, lora = told.partition("+")
+        path, _, revision = model.partition("@")
+    elif isinstance(told, dict) and "model" in told and told.keys() <= {"model", "lora", "override_architecture"}:
+        return _ref(told["model"] if not told.get("lora") else f"{told['model']}+{told['lora']}")
+    elif isinstance(told, dict | Ref):
+        return told
+    else:
+        raise ValueError("a model is a folder or a name on the Hub")
+    if lora:
+        raise ValueError(f"'{lora}' is a LoRA adapter: {LORA}")
+    return {"path": path, "revision": revision or None}
+
+
+def _dtype(told: Any) -> Any:
+    word = str(told).removeprefix("torch.")
+    if told is not None and word not in DTYPES:
+        raise ValueError(f"unknown dtype{did_you_mean(word, DTYPES)}; known: {', '.join(DTYPES)}")
+    return told if told is None else word
+
+
+Model = Annotated[Ref, BeforeValidator(_ref)]
+Dtype = Annotated[str | None, BeforeValidator(_dtype)]
+
+
+class Source(_Part):
+    """Layers ``[first, last)`` of one model, as one input of a slice; None: all of the model."""
+
+    model: Model
+    layer_range: tuple[int, int] | None
+    parameters: Settings | None = None
+
+
+class Input(_Part):
+    """A whole model as an input."""
+
+    model: Model
+    parameters: Settings | None = None
+
+
+class Slice(_Part):
+    """Some layers of the output, merged of as many layers of each source."""
+
+    sources: list[Source] = Field(min_length=1)
+    base_model: Model | None = None
+    residual_weight: None = None
+    parameters: Settings | None = None
+
+
+class Module(_Part):
+    """A part of a model with its own inputs."""
+
+    slices: list[Slice] | None = None
+    models: list[Input] | None = None
+    parameters: Settings | None = None
+
+
+class Tokenizer(_Part):
+    """Whose tokenizer the output gets."""
+
+    source: str = "union"
+    tokens: None = None
+    pad_to_multiple_of: Annotated[int, Field(gt=0)] | None = None
+
+
+class Config(_Part):
+    """A merge: method, inputs, parameters, and what the output looks like."""
+
+    merge_method: str
+    base_model: Model | None = None
+    models: list[Input] | None = None
+    slices: list[Slice] | None = None
+    modules: dict[str, Module] | None = None
+    parameters: Settings | None = None
+    dtype: Dtype = None
+    out_dtype: Dtype = None
+    tokenizer_source: str | None = None
+    tokenizer: Tokenizer | None = None
+    chat_template: str | None = None
+    name: str | None = None
+
+    @model_validator(mode="after")
+    def _once(self) -> "Config":
+        if sum(bool(part) for part in (self.models, self.slices, self.modules)) != 1:
+            raise ValueError("say what is merged with one of models, slices and modules")
+        if self.tokenizer_source and self.tokenizer:
+            raise ValueError("tokenizer_source and tokenizer say the same thing: give one of them")
+        if self.chat_template and self.chat_template != "auto" and "{" not in self.chat_template:
+            raise ValueError(
+                f"chat_template '{self.chat_template}' names a file inside mergekit: give the template itself, or auto"
+            )
+        for name, module in (self.modules or {}).items():
+            if bool(module.models) == bool(module.slices):
+                raise ValueError(f"modules.{name} needs either models or slices")
+            if len(self.modules or {}) > 1:
+                raise ValueError(
+                    f"modules ({', '.join(self.modules or {})}) are parts of a model by mergekit's table of "
+                    f"architectures; merge with models, whose parameters can be filtered by name"
+                )
+        return self
+
+    @property
+    def chosen_tokenizer(self) -> str | None:
+        """Whose tokenizer: base, union, a model, or None for the base's files as they are."""
+        return self.tokenizer.source if self.tokenizer else self.tokenizer_source
+
+    @property
+    def inputs(self) -> Module:
+        """What is merged, however it was written."""
+        if self.modules:
+            return next(iter(self.modules.values()))
+        return Module(slices=self.slices, models=self.models)
+
+
+def read_config(path: str | Path) -> tuple[Config, str]:
+    """Return the config at ``path`` and its text. Raises RecipeError: one line, the key and the remedy."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(f"{path}: no such config ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path}: not a text file") from None
+    told = _loaded(path, text)
+    try:
+        return Config.model_validate(told), text
+    except ValidationError as error:
+        raise RecipeError(f"{path}: {_first(error, told)}") from None
+
+
+def _loaded(path: Path, text: str) -> dict[str, Any]:
+    import yaml
+
+    class Once(yaml.SafeLoader):
+        """Refuses a key that is there twice; YAML's last one would win without a word."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            if twice := [key for key in keys if keys.count(key) > 1 and key != "<<"]:
+                raise RecipeError(f"{path}: '{twice[0]}' is there twice, in line {node.start_mark.line + 1} or below")
+            return super().construct_mapping(node, deep)
+
+    try:
+        documents = [d for d in yaml.load_all(text, Once) if d is not None]
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise RecipeError(f"{path}: not valid YAML{where}: {getattr(error, 'problem', error)}") from None
+    if len(documents) != 1 or not isinstance(documents[0], dict):
+        raise RecipeError(
+            f"{path}: holds {len(documents)} configs, as for mergekit-multi: put each into its own file and name the "
+            f"folder of one merge as a model of the next"
+            if len(documents) > 1
+            else f"{path}: not a mergekit config: it needs merge_method and models or slices"
+        )
+    return documents[0]
+
+
+def _first(error: ValidationError, told: dict[str, Any]) -> str:
+    """Return the most telling fault: an unknown key explains a missing one."""
+    problem = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    where = ".".join(str(part) for part in problem["loc"])
+    last = str(problem["loc"][-1]) if problem["loc"] else ""
+    if problem["type"] == "extra_forbidden":
+        if len(problem["loc"]) == 1 and last in OTHERS:
+            return f"'{last}' belongs to {OTHERS[last]}, which makes other things than merges; it is not read here"
+        known = list(_model_at(problem["loc"][:-1]).model_fields)
+        return f"unknown key '{where}'{did_you_mean(last, known)}; known: {', '.join(known)}"
+    if problem["type"] == "missing":
+        return f"lacks '{where}'"
+    if where.endswith("residual_weight"):
+        return f"'{where}': mergekit reads it and does nothing with it; remove it"
+    if where.endswith("tokens"):
+        return f"'{where}': embeddings of single tokens cannot be chosen; each token's is the base's, or else the mean"
+    said = re.sub(r"^Value error, ", "", problem["msg"])
+    got = f", got {problem['input']!r}" if not isinstance(problem["input"], dict) else ""
+    return f"'{where}': {said}{got}" if where else said
+
+
+def _model_at(place: tuple[int | str, ...]) -> type[BaseModel]:
+    """Return the class of the part of a config at ``place``."""
+    part: type[BaseModel] = Config
+    for key in place:
+        if isinstance(key, str) and key in part.model_fields:
+            part = _class_in(part.model_fields[key].annotation) or part
+    return part
+
+
+def _class_in(kind: Any) -> type[BaseModel] | None:
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return kind
+    return next((found for arg in get_args(kind) if (found := _class_in(arg))), None)

@@ -1,0 +1,318 @@
+"""A mergekit YAML as jobs of our loop: made from the YAML, the headers and the configs alone, so it also serves to check."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RecipeError, WeightsError, did_you_mean
+from ..weights.header import FLOATS, Head, Weights, folder_of, header, shape_of
+from ..weights.match import Matched, match
+from ..weights.open import Source as Place
+from ..weights.open import named, open_headers
+from ..weights.stored import first
+from ..weights.vocabulary import BASE, Writer
+from .config import Config, Ref, Slice, Source, read_config
+from .layers import Laid, stacked, stacks, whole
+from .methods import METHODS, Method, refused
+from .settings import check, filters, resolve
+from .views import Origin, Zeros, promoted, taken
+from .vocabulary import one_vocabulary
+
+if TYPE_CHECKING:
+    from ..loop import Job
+    from ..sentence import Sentence
+
+BUFFERS = ("rotary_emb.inv_freq", "attn.masked_bias")  # computed anew by every model; older files have them
+DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+@dataclass
+class Plan:
+    """All that a merge will do: jobs, every tensor of the output, and what there is to say about it."""
+
+    path: Path
+    config: Config
+    text: str
+    method: Method
+    models: dict[str, Weights]  # by short name
+    short: dict[Ref, str]  # by the names in the YAML; the first is that whose config and tokenizer the output gets
+    laid: list[Laid]
+    jobs: "list[Job]"
+    origin: Origin
+    dtype: str | None
+    sentences: dict[str, int]  # how many tensors are merged by each sentence
+    notes: list[str] = field(default_factory=list)
+    write_tokenizer: Writer | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The tensors that are merged, not copied."""
+        return [name for job in self.jobs for name in job.names]
+
+    @property
+    def spec(self) -> dict[str, Head]:
+        """Dtype name and shape of every tensor of the output."""
+        heads = {name: self.origin.header(name) for name in self.origin}
+        target = DTYPES.get(self.dtype or "")
+        return {n: (target if target and kind in FLOATS else kind, shape) for n, (kind, shape) in heads.items()}
+
+    @property
+    def sentence(self) -> str:
+        """The sentence by which most tensors are merged."""
+        return max(self.sentences, key=lambda s: self.sentences[s]) if self.sentences else "copy"
+
+
+@dataclass(frozen=True)
+class Told:
+    """Sentences as a config tells them, tensor by tensor: the `where` of a job."""
+
+    sentences: "Mapping[str, Sentence]"
+
+    def resolve(self, sentence: "Sentence", name: str) -> "Sentence":
+        """Return the sentence for tensor ``name``."""
+        return self.sentences[name]
+
+
+def plan(path: str | Path, *, seed: int = 0, opened: Callable[[Place], Weights] = open_headers) -> Plan:
+    """Return what the mergekit YAML at ``path`` asks for; no tensor is read.
+
+    ``opened`` opens a model; by default of a model on the Hub only the headers are fetched.
+    Raises RecipeError (the YAML), WeightsError (the models), SentenceError.
+    """
+    path = Path(path)
+    config, text = read_config(path)
+    if config.merge_method not in METHODS:
+        raise RecipeError(
+            f"{path}: unknown merge_method '{config.merge_method}'{did_you_mean(config.merge_method, METHODS)}; "
+            f"known: {', '.join(METHODS)}"
+        )
+    method = METHODS[config.merge_method]
+    if wrong := list(_faults(config, method)):
+        raise RecipeError(f"{path}: {'; '.join(wrong)}", wrong)
+    try:
+        return _planned(path, config, text, method, seed, opened)
+    except (RecipeError, WeightsError) as error:
+        raise type(error)(f"{path}: {error}", error.parts) from None
+
+
+def _planned(
+    path: Path, config: Config, text: str, method: Method, seed: int, opened: Callable[[Place], Weights]
+) -> Plan:
+    slices = _slices(config, method)
+    refs = list(dict.fromkeys(ref for ref in (config.base_model, *_refs(slices)) if ref is not None))
+    for k, one in enumerate(slices):
+        _contract(f"slices[{k}]" if config.inputs.slices else "models", method, one, _base(config, one))
+    places = {ref: _place(ref, path.parent) for ref in refs}
+    short = dict(zip(refs, named(list(places.values())), strict=True))
+    for ref in refs if method.base == "none" else refs[1:]:  # "base" is what the deltas are taken from
+        short[ref] = f"{BASE}-model" if short[ref] == BASE else short[ref]
+    models = _opened(places, opened)
+    notes = list(_notes(config, method, models))
+    models, writer = one_vocabulary(config, models, short, notes)
+    origins = [_base(config, one) or one.sources[0].model for one in slices]
+    if config.inputs.slices:
+        laid = stacked(slices, models, origins)
+        for extra in list(stacks(models[origins[0]]))[1:]:
+            notes.append(f"'{extra}*' is a second stack of layers: it is taken whole, from the last slice")
+    else:
+        laid = [whole(slices[0], list(models[origins[0]]))]
+    made = Plan(
+        path, config, text, method, {short[ref]: weights for ref, weights in models.items()}, short, laid, [],
+        Origin(folder_of(models[refs[0]])), config.out_dtype or config.dtype, {}, notes, writer,
+    )  # fmt: skip
+    for part, origin in zip(laid, origins, strict=True):
+        _add(made, part, origin, {ref: (models[ref], short[ref]) for ref in refs}, seed)
+    _note_filters(made)
+    return made
+
+
+def _slices(config: Config, method: Method) -> list[Slice]:
+    """Return what is merged as slices; whole models are one slice, which the base joins if it was not listed."""
+    inputs = config.inputs
+    if inputs.slices:
+        return inputs.slices
+    sources = [Source(model=m.model, layer_range=None, parameters=m.parameters) for m in inputs.models or ()]
+    if config.base_model and all(s.model != config.base_model for s in sources):
+        sources.append(Source(model=config.base_model, layer_range=None))
+    return [Slice(sources=sources)]
+
+
+def _refs(slices: Sequence[Slice]) -> Iterator[Ref]:
+    for one in slices:
+        if one.base_model:
+            yield one.base_model
+        for source in one.sources:
+            yield source.model
+
+
+def _base(config: Config, one: Slice) -> Ref | None:
+    """Return the slice's base where the model is among its sources."""
+    base = one.base_model or config.base_model
+    return base if any(source.model == base for source in one.sources) else None
+
+
+def _contract(where: str, method: Method, one: Slice, base: Ref | None) -> None:
+    """Raise RecipeError if the inputs are not those that the method takes."""
+    refs = [source.model for source in one.sources]
+    if twice := [ref for ref in refs if refs.count(ref) > 1]:
+        raise RecipeError(f"{where}: '{twice[0]}' is there twice")
+    if method.base == "required" and base is None:
+        raise RecipeError(f"{where}: '{method.name}' needs base_model, and the base among the sources of every slice")
+    count = len(refs) - (base is not None and method.base != "none")
+    if not method.least <= count <= method.most:
+        want = f"{method.least}" if method.least == method.most else f"at least {method.least}"
+        beside = "" if method.base == "none" else " beside the base"
+        raise RecipeError(f"{where}: '{method.name}' takes {want} model{'s' * (want != '1')}{beside}, got {count}")
+
+
+def _place(ref: Ref, folder: Path) -> str:
+    """Return where a model lies: a path from here or from the YAML's folder, else a name on the Hub."""
+    for path in (Path(ref.path), folder / ref.path):
+        if path.exists():
+            if ref.revision:
+                raise RecipeError(f"'{ref}' is a folder on this machine, which has no revisions")
+            return str(path)
+    return str(ref)
+
+
+def _opened(places: Mapping[Ref, str], opened: Callable[[Place], Weights]) -> dict[Ref, Weights]:
+    """Open all models. Raises one WeightsError for all that are missing or broken."""
+    models, wrong = {}, []
+    for ref, place in places.items():
+        try:
+            models[ref] = opened(place)
+        except WeightsError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise WeightsError("; ".join(wrong))
+    return models
+
+
+def _faults(config: Config, method: Method) -> Iterator[str]:
+    """Yield everything that is wrong with the parameters."""
+    for where, settings in _all_settings(config):
+        yield from check(where, settings, method.parameters, method.name)
+
+
+def _all_settings(config: Config) -> Iterator[tuple[str, Any]]:
+    yield "parameters", config.parameters
+    if config.modules:
+        yield f"modules.{next(iter(config.modules))}.parameters", config.inputs.parameters
+    for i, model in enumerate(config.inputs.models or ()):
+        yield f"models[{i}].parameters", model.parameters
+    for k, one in enumerate(config.inputs.slices or ()):
+        yield f"slices[{k}].parameters", one.parameters
+        for i, source in enumerate(one.sources):
+            yield f"slices[{k}].sources[{i}].parameters", source.parameters
+
+
+def _notes(config: Config, method: Method, models: Mapping[Ref, Weights]) -> Iterator[str]:
+    """Yield what a reader should know who knows the papers, or mergekit."""
+    yield f"{method.name} by mergekit's rules" + (f": {method.differs}" if method.differs else "")
+    said = {name for _, settings in _all_settings(config) for name in settings or ()}
+    for name, parameter in method.parameters.items():
+        if name in said and not parameter.used:
+            yield f"{name} changes nothing here"
+    for name in {"density", "rescale"} & said if method.name == "task_arithmetic" else ():
+        yield f"task_arithmetic has no use for {name}"
+    if config.dtype in ("float16", "bfloat16"):
+        yield f"numbers are computed in float32 and rounded to {config.out_dtype or config.dtype} once, at the end"
+
+
+def _note_filters(made: Plan) -> None:
+    for where, settings in _all_settings(made.config):
+        for name, setting in (settings or {}).items():
+            for one in filters(setting):
+                if not any(one in tensor for tensor in made.origin):
+                    glob = "; a filter is a part of a name, without wildcards" if "*" in one else ""
+                    made.notes.append(f"{where}.{name}: no tensor's name has '{one}' in it{glob}")
+
+
+def _add(made: Plan, laid: Laid, origin: Ref, models: Mapping[Ref, tuple[Weights, str]], seed: int) -> None:
+    """Add the job of one slice to the plan, and its tensors to the output."""
+    from ..loop import Job
+
+    refs = [source.model for source in laid.slice.sources]
+    sources = [(models[ref][0], {new: old[i] for new, old in laid.names.items()}) for i, ref in enumerate(refs)]
+    dropped = {n for weights, names in sources for n in names if n.endswith(BUFFERS) and names[n] not in weights}
+    views = {
+        ref: taken(weights, {n: old for n, old in names.items() if n not in dropped})
+        for ref, (weights, names) in zip(refs, sources, strict=True)
+    }
+    if laid.layers is None:
+        _note_beyond(made, laid, {models[ref][1]: models[ref][0] for ref in refs})
+    matched = match(views[origin], {models[ref][1]: views[ref] for ref in refs if ref != origin})
+    based = _base(made.config, laid.slice) if made.method.base != "none" else None
+    experts = {models[ref][1]: matched.base if ref == origin else matched.experts[models[ref][1]] for ref in refs}
+    if based is not None:
+        del experts[models[based][1]]
+    for name in matched.names:
+        kinds = [header(w, name)[0] for w in (matched.base, *matched.experts.values()) if name in w]
+        made.origin.add(name, matched.base, promoted(kinds))
+    floats = [n for n in matched.names if header(matched.base, n)[0] in FLOATS]
+    sizes = {name: prod(shape_of(matched.base, name)) for name in floats}
+    texts = _texts(made, laid, based, {ref: models[ref][1] for ref in refs}, sizes)
+    if not experts or (made.method.one and len(experts) == 1):
+        for name in floats if experts else ():  # one model alone is the result, even beside a base
+            made.origin.add(name, next(iter(experts.values())), made.origin.header(name)[0])
+        texts = {}
+    if not texts:
+        return
+    made.sentences = dict(Counter(made.sentences) + Counter(texts.values()))
+    told = {text: _parsed(text) for text in set(texts.values())}
+    usual = told[Counter(texts.values()).most_common(1)[0][0]]
+    base = matched.base if based is not None else Zeros(matched.base)
+    where: Any = Told({name: told[text] for name, text in texts.items()})
+    made.jobs.append(Job(base, experts, usual, list(texts), seed, {}, where, _alike(matched, texts)))
+
+
+def _alike(matched: Matched, texts: Mapping[str, str]) -> dict[str, str]:
+    return {name: other for name, other in matched.alike.items() if name in texts and other in texts}
+
+
+def _note_beyond(made: Plan, laid: Laid, models: Mapping[str, Weights]) -> None:
+    for who, weights in models.items():
+        if beyond := [n for n in weights if n not in laid.names and not n.endswith(BUFFERS)]:
+            made.notes.append(f"'{who}' has {first(beyond)}, which the others lack: left out")
+
+
+@cache
+def _parsed(text: str) -> "Sentence":
+    from ..sentence import parse
+
+    return parse(text)
+
+
+def _texts(
+    made: Plan, laid: Laid, base: Ref | None, short: Mapping[Ref, str], sizes: Mapping[str, int]
+) -> dict[str, str]:
+    """Return the sentence of every tensor that is merged, of those in ``sizes``, their numbers of entries.
+
+    Raises RecipeError for values that cannot be used.
+    """
+    config, method, texts = made.config, made.method, {}
+    common = (laid.slice.parameters, config.inputs.parameters, config.parameters)
+    own = {source.model: (source.parameters, *common) for source in laid.slice.sources}
+    places = {ref: i for i, ref in enumerate(own)}
+    for name, numel in sizes.items():
+        t = laid.t.get(name, 0.0)
+        values: dict[str, Any] = {"numel": numel}
+        for key, parameter in method.parameters.items():
+            if parameter.each == "all":
+                values[key] = resolve(parameter, common, name, t)
+            else:
+                values[key] = {
+                    short[ref]: resolve(parameter, said, laid.names[name][places[ref]], t, short[ref])
+                    for ref, said in own.items()
+                    if ref != base or parameter.each == "model"
+                }
+        if why := refused(method, values):
+            raise RecipeError(f"tensor '{name}': {why}")
+        if method.name == "passthrough" and set(values["scale"].values()) == {None}:
+            continue
+        texts[name] = method.words(values, [short[ref] for ref in own if ref != base])
+    return texts

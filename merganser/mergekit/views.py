@@ -1,0 +1,115 @@
+"""Weights as slices see them: tensors of one model under the output's names, and a base of zeros where there is none."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..weights.header import FLOATS, Head, Headers, View, Weights, header
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Taken(View):
+    """Some tensors of one model under other names; ``names[new] = name there``."""
+
+    def __init__(self, weights: Weights, names: Mapping[str, str]):
+        self.weights, self.names = weights, {new: old for new, old in names.items() if old in weights}
+
+    def __getitem__(self, name: str) -> "Tensor":
+        return self.weights[self.names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def header(self, name: str) -> Head:
+        """Return dtype name and shape of a tensor without its bytes."""
+        return header(self.weights, self.names[name])
+
+
+def taken(weights: Weights, names: Mapping[str, str]) -> Weights:
+    """Return some tensors of a model under other names; headers alone where nothing else is known of the model."""
+    inner = weights
+    while (deeper := getattr(inner, "weights", None)) is not None:
+        inner = deeper
+    if isinstance(inner, Headers):
+        return Headers({new: header(weights, old) for new, old in names.items() if old in weights}, inner.source)
+    return Taken(weights, names)
+
+
+class Zeros(View):
+    """A base of zeros, like ``weights``: deltas from it are the weights themselves. It takes no memory."""
+
+    made_up = True  # not an input, so it has no fingerprint
+
+    def __init__(self, weights: Weights):
+        self.weights = weights
+
+    def __getitem__(self, name: str) -> "Tensor":
+        import torch
+
+        like = self.weights[name]
+        return torch.zeros((), dtype=like.dtype).expand(like.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.weights
+
+    def header(self, name: str) -> Head:
+        """Return dtype name and shape of a tensor."""
+        return header(self.weights, name)
+
+
+class Origin(View):
+    """What the output is made from: every tensor of every slice, in the dtype that its sources promote to."""
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        self.parts: dict[str, tuple[Weights, str]] = {}
+
+    def add(self, name: str, weights: Weights, dtype: str) -> None:
+        """Add the tensor of that name in ``weights``."""
+        self.parts[name] = (weights, dtype)
+
+    def __getitem__(self, name: str) -> "Tensor":
+        import torch
+
+        weights, dtype = self.parts[name]
+        tensor = weights[name]
+        return tensor if header(weights, name)[0] == dtype else tensor.to(getattr(torch, TORCH[dtype]))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.parts
+
+    def header(self, name: str) -> Head:
+        """Return dtype name and shape of a tensor without its bytes."""
+        weights, dtype = self.parts[name]
+        return dtype, header(weights, name)[1]
+
+
+TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def promoted(dtypes: list[str]) -> str:
+    """Return the dtype that holds all of these, as torch promotes them; of those that are not floating point the first."""
+    kinds = {d for d in dtypes if d in FLOATS}
+    if len(kinds) < 2:
+        return dtypes[0]
+    return "F64" if "F64" in kinds else "F32"
