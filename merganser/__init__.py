@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .adapt import adapt as adapt
+    from .check import check as check
     from .diagnose.interference import Diagnosis as Diagnosis
     from .diagnose.interference import diagnose as diagnose
     from .evaluate.run import Scores as Scores
@@ -24,12 +25,14 @@ if TYPE_CHECKING:
     from .report.page import report as report
     from .run import run as run
     from .weights.open import open_weights as open_weights
+    from .weights.parts import join as join
     from .weights.save import save as save
 
 __version__ = "0.1.0"
 
 _HOME = {
     "adapt": "adapt",
+    "check": "check",
     "Diagnosis": "diagnose.interference",
     "diagnose": "diagnose.interference",
     "Scores": "evaluate.run",
@@ -44,6 +47,7 @@ _HOME = {
     "report": "report.page",
     "run": "run",
     "open_weights": "weights.open",
+    "join": "weights.parts",
     "save": "weights.save",
 }
 __all__ = sorted(_HOME)

@@ -4,16 +4,42 @@ Exit status: 0 done, 1 the work failed (the message says what, where and what to
 """
 
 import json
-from collections.abc import Callable
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from .errors import MerganserError, RecipeError
 
+
+class _Quick:
+    """A help option that is False where it is not asked for: unset, typer imports pydantic to find that out."""
+
+    def get_help_option(self, context: Any) -> Any:
+        """Return the help option."""
+        option = super().get_help_option(context)  # type: ignore[misc]
+        if option is not None:
+            option.default = False
+        return option
+
+
+class _Group(_Quick, TyperGroup):
+    pass
+
+
+class _Command(_Quick, TyperCommand):
+    pass
+
+
 app = typer.Typer(
+    cls=_Group,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -25,6 +51,20 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON value for mac
 Recipe = Annotated[Path, typer.Argument(help="A recipe.toml: base, experts, tasks, inputs, sentences.")]
 To = Annotated[Path, typer.Option("--to", help="The folder to write into; what is done there is not done again.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check, say what would be done, and write nothing.")]
+Experts = Annotated[list[str] | None, typer.Argument(help="Models fine-tuned from the base.")]
+How = Annotated[str, typer.Option(help='The sentence, such as "ties(density=0.2) | scale(by=0.8)".')]
+Own = Annotated[list[str] | None, typer.Option(help="Glob pattern of tensors left out; may be repeated.")]
+Patterns = Annotated[
+    list[str] | None, typer.Option(help='Knobs for some tensors, such as "*.mlp.*: ties(density=0.4)"; repeatable.')
+]
+Ingredients = Annotated[
+    list[str] | None, typer.Option(help="NAME=FOLDER of extra tensors that a step needs; may be repeated.")
+]
+Vocabulary = Annotated[str | None, typer.Option(help="Where vocabularies differ: base, union, or an expert's name.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: the base's own.")]
+Delta = Annotated[bool, typer.Option("--delta", help="Store what is added to the base (fp32), not the model.")]
+Part = Annotated[str | None, typer.Option(help="K/N: only the K-th of N parts; then `join` the folder.")]
 
 
 def guarded(verb: Callable[..., None]) -> Callable[..., None]:
@@ -33,7 +73,8 @@ def guarded(verb: Callable[..., None]) -> Callable[..., None]:
     @wraps(verb)
     def guard(*args: Any, **kwargs: Any) -> None:
         try:
-            verb(*args, **kwargs)
+            with warnings_as_lines():
+                verb(*args, **kwargs)
         except MerganserError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from None
@@ -44,10 +85,33 @@ def guarded(verb: Callable[..., None]) -> Callable[..., None]:
     return guard
 
 
+@contextmanager
+def warnings_as_lines() -> Iterator[None]:
+    """Show what `warnings.warn` tells people as one line on standard error, once each."""
+    said: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], *_place: Any) -> None:
+        text = f"warning: {' '.join(str(message).split())}"
+        if text not in said:
+            said.add(text)
+            typer.echo(text, err=True)
+
+    with warnings.catch_warnings():
+        for kind in (DeprecationWarning, FutureWarning):  # libraries' words to their programmers, not to people
+            warnings.simplefilter("ignore", kind)
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
+
+
 @app.command()
 @guarded
-def run(recipe: Recipe, to: To = Path("run"), as_json: Json = False) -> None:
+def run(recipe: Recipe, to: To = Path("run"), dry_run: DryRun = False, as_json: Json = False) -> None:
     """Adapt, merge, evaluate, diagnose and report as a recipe says; a second run does only what is missing."""
+    if dry_run:
+        from .check import check_recipe
+
+        return tell(check_recipe(recipe, to), as_json)
     from .progress import bars
     from .run import run
 
@@ -60,9 +124,14 @@ def adapt(
     recipe: Recipe,
     how: Annotated[str, typer.Option(help='Adapt steps, such as "ri(steps=300)".')] = "ri",
     to: To = Path("adapted"),
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Adapt a recipe's experts on its unlabeled inputs, one folder an expert; resumes where it was stopped."""
+    if dry_run:
+        from .check import check_adapt
+
+        return tell(check_adapt(recipe, how, to), as_json)
     from .adapt import adapt
     from .prepare import prepare
     from .progress import bars
@@ -82,20 +151,182 @@ def adapt(
 @app.command()
 @guarded
 def merge(
-    base: Annotated[Path, typer.Argument(help="The base: a folder with safetensors, or a .safetensors file.")],
-    experts: Annotated[list[Path], typer.Argument(help="Models fine-tuned from the base.")],
-    how: Annotated[str, typer.Option(help='The sentence, such as "ties(density=0.2) | scale(by=0.8)".')],
-    to: Annotated[Path, typer.Option("--to", help="The folder for the merged model.")],
-    own: Annotated[list[str] | None, typer.Option(help="Glob pattern of tensors left out; may be repeated.")] = None,
+    base: Annotated[str, typer.Argument(help="The base: a folder, a weights file, a Hub name; or a mergekit YAML.")],
+    experts: Experts = None,
+    how: How = "",
+    to: Annotated[Path, typer.Option("--to", help="The folder for the merged model.")] = Path("merged"),
+    own: Own = None,
+    where: Patterns = None,
+    ingredient: Ingredients = None,
+    vocabulary: Vocabulary = None,
+    dtype: Dtype = None,
+    delta: Delta = False,
+    part: Part = None,
     seed: Seed = 0,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Merge experts of one base into a folder that the model's own library loads."""
+    if dry_run:
+        told = (own, where, ingredient, vocabulary, dtype, delta, part)
+        return tell(checked(base, experts, how, to, *told, seed), as_json)
     from .merge import merge
     from .progress import bars
+    from .where import read_where
 
-    merge(base, experts, how, into=to, own=own or (), seed=seed, progress=bars)
-    say({"merged": str(to), "sentence": how}, as_json, f"merged {len(experts)} experts into {to}")
+    if base.endswith((".yml", ".yaml")):
+        from .mergekit import merge_config
+
+        merge_config(base, into=to, seed=seed, progress=bars, say=lambda line: typer.echo(f"note: {line}", err=True))
+        return say({"merged": str(to), "config": base}, as_json, f"merged {base} into {to}")
+    if not experts or not how:
+        raise typer.BadParameter("give BASE, one or more EXPERT and --how SENTENCE, or a mergekit YAML alone")
+    merge(
+        base, experts, how, into=to, own=own or (), seed=seed, ingredients=pairs(ingredient, "--ingredient"),
+        part=read_part(part), where=read_where(where or ()), vocabulary=vocabulary, dtype=dtype,
+        stored="delta" if delta else "model", progress=bars,
+    )  # fmt: skip
+    what = f"part {part} of {len(experts)} experts" if part else f"{len(experts)} experts"
+    say({"merged": str(to), "sentence": how, "part": part}, as_json, f"merged {what} into {to}")
+
+
+@app.command("check")
+@guarded
+def check_all(
+    base: Annotated[str, typer.Argument(help="The base as for `merge`; or a recipe.toml, or a mergekit YAML, alone.")],
+    experts: Experts = None,
+    how: How = "",
+    to: Annotated[Path | None, typer.Option("--to", help="The folder for the result.")] = None,
+    own: Own = None,
+    where: Patterns = None,
+    ingredient: Ingredients = None,
+    vocabulary: Vocabulary = None,
+    dtype: Dtype = None,
+    delta: Delta = False,
+    part: Part = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Say all that will go wrong, before a download or a tensor; exit status 1 if something prevents the merge."""
+    told = (own, where, ingredient, vocabulary, dtype, delta, part)
+    tell(checked(base, experts, how, to, *told, seed), as_json)
+
+
+def checked(
+    base: str, experts: list[str] | None, how: str, to: Path | None, own: list[str] | None, where: list[str] | None,
+    ingredient: list[str] | None, vocabulary: str | None, dtype: str | None, delta: bool, part: str | None, seed: int,
+) -> Any:  # fmt: skip
+    """Check what `merge` would be given."""
+    from .check import check
+    from .where import read_where
+
+    alone = base.endswith((".toml", ".yml", ".yaml"))
+    if alone == bool(experts or how) or bool(experts) != bool(how):
+        raise typer.BadParameter("give BASE, one or more EXPERT and --how SENTENCE; or a recipe or mergekit YAML alone")
+    return check(
+        base, experts or (), how, into=to, own=own or (), seed=seed, ingredients=pairs(ingredient, "--ingredient"),
+        part=read_part(part), where=read_where(where or ()), vocabulary=vocabulary, dtype=dtype,
+        stored="delta" if delta else "model",
+    )  # fmt: skip
+
+
+def tell(found: Any, as_json: bool) -> None:
+    """Print what a check found; exit with status 1 if something prevents the work."""
+    if as_json:
+        say(found.as_json(), True, "")
+    else:
+        from .show import show_findings
+
+        show_findings(found)
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+@guarded
+def join(
+    folder: Annotated[Path, typer.Argument(help="The folder that `merge --part` wrote its parts into.")],
+    as_json: Json = False,
+) -> None:
+    """Make one model of the parts that `merge --part K/N` wrote."""
+    from .progress import bars
+    from .weights.parts import join
+
+    joined = join(folder, progress=bars)
+    say({"merged": str(folder), "tensors": len(joined)}, as_json, f"joined {len(joined)} tensors into {folder}")
+
+
+def pairs(told: list[str] | None, option: str) -> dict[str, str]:
+    """Read ``NAME=VALUE`` options."""
+    if wrong := [text for text in told or () if "=" not in text]:
+        raise typer.BadParameter(f"{option} is NAME=FOLDER, got '{wrong[0]}'")
+    return dict(text.split("=", 1) for text in told or ())
+
+
+def read_part(text: str | None) -> tuple[int, int] | None:
+    """Read ``K/N``."""
+    if text is None:
+        return None
+    numbers = text.split("/")
+    if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
+        raise typer.BadParameter(f"--part is K/N, such as 2/8, got '{text}'")
+    return int(numbers[0]), int(numbers[1])
+
+
+# `ls` and `show` take their arguments as they come: typer reads declared ones through pydantic, whose import takes
+# longer than all they do
+AS_THEY_COME: dict[str, Any] = {"cls": _Command, "context_settings": {"allow_extra_args": True}}
+
+
+@app.command("ls", options_metavar="[FOLDER]... [OPTIONS]", **AS_THEY_COME)
+@guarded
+def list_what_there_is(context: typer.Context, as_json: Json = False) -> None:
+    """Name the steps and suites there are; or the models and runs in and below FOLDERs."""
+    if context.args:
+        from dataclasses import asdict
+
+        from .inventory import found_in
+
+        found = found_in(context.args)
+        if as_json:
+            return say([asdict(one) for one in found], True, "")
+        from .show import show_found
+
+        return show_found(found)
+    from . import catalog
+
+    steps, suites = catalog.steps(), catalog.suites()
+    if as_json:
+        return say({"steps": [step.as_json() for step in steps], "suites": suites}, True, "")
+    from .show import show_steps
+
+    show_steps(steps, suites)
+
+
+@app.command("show", options_metavar="STEP|FOLDER|FILE [OPTIONS]", **AS_THEY_COME)
+@guarded
+def show_one(context: typer.Context, as_json: Json = False) -> None:
+    """Tell a STEP's formula, knobs, needs and cost; or a model's card, tensors, sizes and dtypes."""
+    from . import catalog
+
+    if len(context.args) != 1:
+        raise typer.BadParameter("give one thing to show: a step, a folder or a .safetensors file")
+    what = context.args[0]
+    if catalog.is_step(what) or not Path(what).exists():
+        step = catalog.step(what)
+        if as_json:
+            return say(step.as_json(), True, "")
+        from .show import show_step
+
+        return show_step(step, catalog.COSTS[step.cost])
+    from .inventory import model
+
+    told = model(what)
+    if as_json:
+        return say(told.as_json(), True, "")
+    from .show import show_model
+
+    show_model(told)
 
 
 @app.command("eval")
@@ -173,8 +404,12 @@ def report(
 
 @app.command()
 @guarded
-def demo(to: To = Path("merganser-demo"), seed: Seed = 0, as_json: Json = False) -> None:
+def demo(to: To = Path("merganser-demo"), seed: Seed = 0, dry_run: DryRun = False, as_json: Json = False) -> None:
     """Train, adapt, merge and report on real small data, offline, in a few minutes: start here."""
+    if dry_run:
+        from .check import check_suite
+
+        return tell(check_suite("demo", None, None, to), as_json)
     from .progress import bars
     from .suites.demo import demo
 
@@ -190,6 +425,7 @@ def bench(
     to: To = Path("bench"),
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds to run.")] = 1,
     experts_only: Annotated[bool, typer.Option(help="Fine-tune and cache the experts, then stop.")] = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Run a suite of real tasks: fine-tune the experts once, then score sentences with and without adapting."""
@@ -199,6 +435,10 @@ def bench(
 
     if name not in SUITES:
         raise DataError(f"unknown suite '{name}'{did_you_mean(name, SUITES)}; known: {', '.join(SUITES)}")
+    if dry_run:
+        from .check import check_suite
+
+        return tell(check_suite(name, data, how, to, seeds), as_json)
     from importlib import import_module
 
     suite = import_module(f"merganser.suites.{name}")
@@ -228,7 +468,15 @@ def finish(report: Path, as_json: bool) -> None:
 
 def main() -> None:
     """Run the command line."""
-    app()
+    try:
+        app()
+    except SystemExit as done:
+        if "torch" not in sys.modules or not isinstance(done.code, int):
+            raise
+        # taking torch down module by module costs a quarter of what importing it does, and everything is written
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(done.code)
 
 
 if __name__ == "__main__":

