@@ -1,33 +1,36 @@
-"""The loop: for each tensor, read the deltas in fp32, edit, align, combine, edit, add to the base, cast, put away.
+"""The door to merging: weights and a sentence in, one model out, in memory, streamed to a folder, or one part of it.
 
-One loop serves all storage: a tensor's result depends on that tensor, the surveys and seeds named after it, never on
-where the bytes are or in which order they are read, so a result in memory and one streamed to disk are bit-equal.
-
-Rules: tensors that are not floating point (position ids, counters) are the base's; tensors left out with ``own`` are
-the base's where it has them; a tensor that no expert has moved is the base's, bit by bit, and does not count where a
-step looks at the whole model (TIES trims among what fine-tuning moved); others come out in the base's dtype.
+What happens to each tensor is `loop`; this file checks what it is given, says where the result goes, and writes down
+how it came to be.
 """
 
-import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from .card import digest, key_of
-from .errors import SentenceError, WeightsError
+from .card import digest, key_of, write_card
+from .errors import WeightsError
+from .examine import How, Ingredients, examine
+from .fingerprint import Seen
+from .loop import Job, Piece, is_float, merge_each, survey
 from .progress import Progress, silent
-from .sentence import Sentence, Step, parse
-from .weights.open import Source, check_match, named, open_weights
-from .weights.save import carry, refuse_overwriting, short, write_readme
-from .weights.sink import Sink, spec_of
+from .weights.header import folder_of
+from .weights.hub import name_of
+from .weights.open import Source
+from .weights.parts import Share, inputs_of
+from .weights.renamed import Renamed
+from .weights.save import carry, short, write_readme
+from .weights.sink import DTYPES, Sink, spec_of
 from .weights.stored import Stored
+from .where import Patterns
 
-How = str | Sentence | Iterable[Callable[..., Any] | str]
+TORCH = {name: dtype for dtype, name in DTYPES.items()}
+NARROW = (torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)  # a sum of finite numbers may not fit
 
 
 def merge(
@@ -38,177 +41,181 @@ def merge(
     into: str | Path | None = None,
     own: Sequence[str] = (),
     seed: int = 0,
+    ingredients: Ingredients | None = None,
+    part: tuple[int, int] | None = None,
+    where: Patterns | None = None,
+    vocabulary: str | None = None,
+    dtype: str | None = None,
+    stored: str = "model",
     progress: Progress = silent,
     about: Mapping[str, Any] | None = None,
 ) -> Mapping[str, Tensor]:
     """Merge ``experts`` of one ``base`` as the sentence ``how`` says: ``theta = base + edit(combine(edit(delta_t)))``.
 
-    ``base`` and ``experts`` are mappings from name to tensor or paths of safetensors checkpoints. ``into`` is a folder
-    to stream to; the result is then read lazily from it, and config and tokenizer files are carried over from the base.
-    ``own``: glob patterns of tensors left out (each expert's own head). ``about``: more for the card of the result.
-    The same seed gives the same bytes.
+    ``base`` and ``experts`` are mappings from name to tensor, paths of checkpoints, or Hub names. The same seed gives
+    the same bytes, in memory, streamed and in parts.
+
+    into         a folder to stream to; the result is then read lazily from it, and config and tokenizer are carried over
+    own          glob patterns of tensors left out (each expert's own head)
+    ingredients  extra tensors that a step needs, by the keyword: one set for all experts, or ``{expert: weights}``
+    part         ``(k, n)``: only the k-th of n parts, written below ``into``; `join` makes the whole of them
+    where        knobs that differ by tensor: ``{"*.mlp.*": {"ties": {"density": 0.4}}}`` (see `where`)
+    vocabulary   where vocabularies differ: "base", "union" or an expert's name (see `weights.match`)
+    dtype        of the result's floating point tensors, "float32" for one; default: the base's, tensor by tensor
+    stored       "model", or "delta": only what is added to the base, in fp32, which bf16 would round away
+    about        more for the card of the result
 
     Raises WeightsError (keys, shapes, non-finite values), SentenceError (grammar, steps, knobs; adapt words belong to
     `merganser.adapt` and `merganser.run`).
     """
-    sentence = merging_only(parse(how))
-    theta0 = open_weights(base)
-    thetas = {name: open_weights(source) for name, source in named(experts).items()}
-    names = check_match(theta0, thetas, own)
-    try_out(sentence, len(thetas))
-    if into is not None:
-        refuse_overwriting(into, theta0, *thetas.values())
-    started = time.monotonic()
-    results = (
-        (name, applied(theta0[name], delta))
-        for name, delta in merged_deltas(theta0, thetas, sentence, names, seed=seed, progress=progress)
-    )
-    if into is None:
-        moved = dict(results)
-        return {name: moved[name] if name in moved else theta0[name] for name in theta0}
-    folder = Path(into)
+    found, _, sentence, ready = examine(
+        base, experts, how, into=into, own=own, seed=seed, ingredients=ingredients, part=part, where=where,
+        vocabulary=vocabulary, dtype=dtype, stored=stored,
+    )  # fmt: skip
+    found.tell()
+    assert ready is not None
+    job = ready.job
     card = {
-        "kind": "merge",
+        "kind": "delta" if stored == "delta" else "merge",
         "sentence": str(sentence),
         "seed": seed,
         "own": list(own),
-        "inputs": {"base": digest(theta0), **{name: digest(w) for name, w in thetas.items()}},
+        **({"where": where} if where else {}),
+        **({"dtype": dtype} if dtype else {}),
+        **({"vocabulary": vocabulary} if vocabulary else {}),
         **(about or {}),
     }
-    card["key"] = key_of(card)
-    sink = Sink(folder, spec_of(theta0), metadata=short(card))
-    try:
-        for name, tensor in results:
-            sink.put(name, tensor)
-        for name in sink.missing.copy():
-            sink.put(name, theta0[name])
-    except BaseException:
-        sink.abandon()
-        raise
-    merged = sink.close()
-    finish(folder, theta0, {**card, "seconds": round(time.monotonic() - started, 3)})
-    return merged
+    output = Output(job.base, job.names, ready.target, stored)
+    if into is None:
+        return output.in_memory([job], progress)
+    return output.streamed([job], Path(into), card, part=part, carried=ready.matched.write_tokenizer, progress=progress)
 
 
-def finish(folder: Path, base: Mapping[str, Tensor], card: Mapping[str, Any]) -> None:
+class Output:
+    """Where merged tensors go, and as what: the model's or the delta's tensors, in the base's or a given dtype.
+
+    ``origin`` holds every tensor of the result by name, as it is where nothing is merged; ``names`` are the merged ones.
+    """
+
+    def __init__(
+        self, origin: Mapping[str, Tensor], names: Iterable[str], target: torch.dtype | None = None, stored: str = "model"
+    ):
+        self.origin, self.stored = origin, stored
+        merged = set(names)
+        spec = spec_of(origin)
+        if stored == "delta":
+            self.spec = {n: (DTYPES[target or torch.float32], spec[n][1]) for n in spec if n in merged}
+        else:
+            kinds = {n: DTYPES[target] if target and is_float(origin, n) else spec[n][0] for n in spec}
+            self.spec = {n: (kinds[n], spec[n][1]) for n in spec}
+        self.dtypes = {n: TORCH[kind] for n, (kind, _) in self.spec.items()}
+
+    def cast(self, name: str, piece: Piece) -> Tensor:
+        """Return what is stored for a piece. Raises WeightsError if a merged number does not fit its dtype."""
+        kind = self.dtypes[name]
+        if self.stored == "delta":
+            return (torch.zeros_like(piece.base) if piece.value is None else piece.value).to(kind)
+        if piece.value is None:
+            return piece.origin.to(kind)
+        out = (piece.base + piece.value).to(kind)
+        if kind in NARROW and not torch.isfinite(out).all():
+            raise WeightsError(f"tensor '{name}': a merged number does not fit {kind}; store it with dtype='float32'")
+        return out
+
+    def in_memory(self, jobs: Sequence[Job], progress: Progress) -> dict[str, Tensor]:
+        """Return the result as tensors; those that no job merges are the origin's own."""
+        made: dict[str, Tensor] = {}
+
+        def put(name: str, piece: Piece) -> None:
+            if name not in made:
+                made[name] = torch.empty(self.spec[name][1], dtype=self.dtypes[name])
+            out = self.cast(name, piece).reshape(-1)
+            made[name].view(-1)[piece.at : piece.at + len(out)] = out
+
+        for job in jobs:
+            merge_each(job, survey(job, progress=progress), put, progress=progress)
+        return {n: made[n] if n in made else self.origin[n].to(self.dtypes[n]) for n in self.spec}
+
+    def streamed(
+        self,
+        jobs: Sequence[Job],
+        folder: Path,
+        card: dict[str, Any],
+        *,
+        part: tuple[int, int] | None = None,
+        carried: Callable[[Path], None] | None = None,
+        progress: Progress = silent,
+    ) -> Stored:
+        """Write the result, or one part of it, into ``folder``, and return it read lazily. All or nothing."""
+        started = time.monotonic()
+        key = job_key(card, jobs)
+        share = None if part is None else Share(folder, key, part, self.spec)
+        spec = self.spec if share is None else {n: self.spec[n] for n in self.spec if n in share.mine}
+        sink = Sink(folder if share is None else share.place, spec, metadata=short(card), key=key)
+        seen = Seen()
+
+        def put(name: str, piece: Piece) -> None:
+            sink.put(name, self.cast(name, piece), piece.at)
+
+        try:
+            for job in jobs:
+                job = replace(job, seen=seen.piece)
+                surveys = survey(job, share=share, progress=progress)
+                todo = [name for name in job.names if name in sink.missing]
+                merge_each(job, surveys, put, only=todo, done=sink.done, progress=progress)
+            for name in sorted(sink.missing):
+                sink.put(name, self.origin[name].to(self.dtypes[name]))
+            found = hashes(jobs, seen, share)
+            told = {**card, **({"hashes": found} if share else inputs_of([found]))}
+            if share is not None:
+                told |= {"kind": "part", "of": card["kind"], "job": key, "part": list(share.part)}
+            told |= {"key": key_of(told), "seconds": round(time.monotonic() - started, 3)}
+            with sink.told():
+                finish(sink.staging, self.origin, told, carried)
+        except KeyboardInterrupt:
+            sink.leave()
+            raise
+        except BaseException:
+            sink.abandon()
+            raise
+        return sink.close()
+
+
+def hashes(jobs: Sequence[Job], seen: Seen, share: Share | None = None) -> dict[str, dict[str, str]]:
+    """Return the fingerprint of every tensor of every input; in a part, of its own tensors."""
+    found: dict[str, dict[str, str]] = {}
+    for job in jobs:
+        for who, weights in {"base": job.base, **job.experts}.items():
+            if not getattr(weights, "made_up", False):  # a base of zeros is nobody's input
+                mine = {n: seen.of(who, n, weights[n]) for n in weights if share is None or share.holds(n)}
+                found.setdefault(who, {}).update(mine)
+    return found
+
+
+def finish(
+    folder: Path, base: Mapping[str, Tensor], card: Mapping[str, Any], carried: Callable[[Path], None] | None = None
+) -> None:
     """Put beside the weights what their own library needs, the card and the model card."""
-    from .card import write_card
-
-    origin = base.path if isinstance(base, Stored) else None
+    origin = folder_of(base)
     if origin is not None:
         carry(origin, folder)
+        card = {"base": name_of(origin) or str(origin), **card}
+    if carried is not None:
+        carried(folder)
     write_card(folder, card)
-    write_readme(folder, card, str(origin) if origin is not None else None)
+    write_readme(folder, card)
 
 
-def merging_only(sentence: Sentence) -> Sentence:
-    """Return ``sentence``, or raise SentenceError if it has adapt words: those need encoder, heads and inputs."""
-    if sentence.adapt:
-        raise SentenceError(
-            f"'{sentence.adapt[0].name}' adapts experts and needs encoder, heads and inputs: use adapt() first, or "
-            f"run() with a recipe; merge() takes '{sentence.merging}'"
-        )
-    return sentence
+def job_key(card: Mapping[str, Any], jobs: Sequence[Job]) -> str:
+    """Return what tells a job from others: the card so far, the names, and what its weights are."""
+    return key_of([dict(card), [[identity(job.base), *map(identity, job.experts.values()), list(job.names)] for job in jobs]])
 
 
-def merged_deltas(
-    base: Mapping[str, Tensor],
-    experts: Mapping[str, Mapping[str, Tensor]],
-    sentence: Sentence,
-    names: Sequence[str],
-    *,
-    seed: int = 0,
-    progress: Progress = silent,
-) -> Iterator[tuple[str, Float[Tensor, "*shape"]]]:
-    """Yield name and merged delta (fp32) of every tensor that an expert has moved."""
-
-    def prepared(name: str) -> Tensor | None:
-        deltas = deltas_of(base, experts, name)
-        if deltas is None:
-            return None
-        for step in sentence.before:
-            deltas = _edited(step, deltas, name, list(experts), seed)
-        return deltas
-
-    with progress(f"merge {sentence}", len(names)) as tick:
-        survey = _survey(sentence.combine, prepared, names)
-        for name in names:
-            deltas = prepared(name)
-            if deltas is not None:
-                delta = _named(sentence.combine, name, deltas, survey=survey, name=name)
-                for step in sentence.after:
-                    delta = _named(step, name, delta, rng=generator(seed, name, "merged"), name=name)
-                yield name, delta
-            tick(1)
-
-
-def deltas_of(
-    base: Mapping[str, Tensor], experts: Mapping[str, Mapping[str, Tensor]], name: str
-) -> Float[Tensor, "experts *shape"] | None:
-    """Return the experts' deltas of one tensor in fp32, stacked; None if it is not floating point or nobody moved it.
-
-    Raises WeightsError, naming tensor and expert, at a value that is not finite.
-    """
-    origin = base[name]
-    if not origin.is_floating_point():
-        return None
-    origin = origin.float()
-    deltas = torch.empty(len(experts), *origin.shape)
-    for row, weights in zip(deltas, experts.values(), strict=True):
-        torch.sub(weights[name].float(), origin, out=row)
-    if not torch.isfinite(deltas.sum()) and not torch.isfinite(deltas).all():
-        who = next((e for e, w in experts.items() if not torch.isfinite(w[name]).all()), "the base")
-        where = who if who == "the base" else f"expert '{who}'"
-        raise WeightsError(f"{where} has NaN or inf in tensor '{name}': repair or leave out that checkpoint")
-    return deltas if deltas.any() else None
-
-
-def applied(base: Tensor, delta: Float[Tensor, "*shape"]) -> Tensor:
-    """Return ``base + delta``, added in fp32 and cast to the base's dtype."""
-    return (base.float() + delta).to(base.dtype)
-
-
-def generator(seed: int, tensor: str, expert: str) -> torch.Generator:
-    """Return a generator seeded from names, so neither the order of work nor the machine changes what is drawn."""
-    named_seed = hashlib.sha256(f"{seed}|{tensor}|{expert}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(named_seed[:8], "little") >> 1)
-
-
-def try_out(sentence: Sentence, experts: int) -> None:
-    """Run the steps once on a tiny tensor, so that a knob out of range is told before any work starts."""
-    deltas = torch.linspace(-1, 1, experts * 16).reshape(experts, 4, 4)
-    for step in sentence.before:
-        deltas = _edited(step, deltas, "", [str(k) for k in range(experts)], 0)
-    delta = _named(sentence.combine, "", deltas, survey=None, name="")
-    for step in sentence.after:
-        delta = _named(step, "", delta, rng=generator(0, "", ""), name="")
-
-
-def _edited(step: Step, deltas: Tensor, name: str, experts: Sequence[str], seed: int) -> Tensor:
-    rows = zip(deltas, experts, strict=True)
-    return torch.stack([_named(step, name, row, rng=generator(seed, name, e), name=name) for row, e in rows])
-
-
-def _survey(step: Step, prepared: Callable[[str], Tensor | None], names: Sequence[str]) -> list[Any] | None:
-    passes = getattr(step.module(), "passes", None)
-    if passes is None:
-        return None
-    learned: list[Any] = []
-    for look in passes(**step.knobs):
-        total: Any = None
-        for name in names:
-            deltas = prepared(name)
-            if deltas is not None:
-                seen = look(deltas, learned)
-                total = seen if total is None else total + seen
-        learned.append(total)
-    return learned
-
-
-def _named(step: Step, tensor: str, *args: Any, **given: Any) -> Any:
-    """Call a step; its own terse error gets sentence word and tensor added, once."""
-    try:
-        return step.call(*args, **given)
-    except (ValueError, TypeError) as error:
-        where = f" (tensor '{tensor}')" if tensor else ""
-        raise SentenceError(f"{step}: {error}{where}") from None
+def identity(weights: Mapping[str, Tensor]) -> Any:
+    """Return what tells weights from others: of files their sizes and times, of all else every byte."""
+    if isinstance(weights, Stored):
+        files = [(shard.name, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in weights.shards]
+        return [files, {n: [e.dtype, *e.shape] for n, e in weights.entries.items()}]
+    if isinstance(weights, Renamed):
+        return [identity(weights.weights), dict(weights.names)]
+    return digest(weights)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..errors import WeightsError
 from . import hub
 from .header import Weights as Weights
 from .header import header as header
@@ -52,8 +53,11 @@ def open_headers(source: Source) -> Weights:
 def named(experts: Mapping[str, Source] | Sequence[Source]) -> dict[str, Source]:
     """Return experts by name; a sequence of paths is named by folders or files, others ``expert0, expert1, ...``."""
     if isinstance(experts, Mapping):
+        if "base" in experts:
+            raise WeightsError("an expert cannot be called 'base': cards and errors call the base so; rename it")
         return dict(experts)
     names = [_name(e) if isinstance(e, str | Path) else f"expert{k}" for k, e in enumerate(experts)]
+    names = ["base-model" if name == "base" else name for name in names]
     if len(set(names)) < len(names):
         names = [f"{name}-{k}" if names.count(name) > 1 else name for k, name in enumerate(names)]
     return dict(zip(names, experts, strict=True))

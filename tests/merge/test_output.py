@@ -196,3 +196,13 @@ def test_a_shared_mask_covers_the_merged_delta(models):
     want = torch.where(mask["big.weight"] == 1, average["big.weight"], base["big.weight"])
     torch.testing.assert_close(merged["big.weight"], want)
     assert torch.equal(merged["small.weight"], average["small.weight"])
+
+
+def test_nobody_else_is_called_base(models, tmp_path):
+    base, experts = models
+    with pytest.raises(WeightsError, match="cannot be called 'base'"):
+        merganser.merge(base, {"base": experts["a"]}, "average")
+    merganser.save(base, tmp_path / "one" / "base")
+    merganser.save(experts["a"], tmp_path / "two" / "base")
+    merganser.merge(tmp_path / "one" / "base", [tmp_path / "two" / "base"], "average", into=tmp_path / "out")
+    assert read_card(tmp_path / "out")["inputs"] == {"base": fingerprint(base), "base-model": fingerprint(experts["a"])}
