@@ -11,7 +11,7 @@ operations, comparisons and selections take a fifth to a tenth of torch's time o
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, reduce
 from typing import Any
 
 import numpy as np
@@ -34,11 +34,12 @@ Look = Callable[..., Any]
 class Tally:
     """A histogram of integer keys: ``a + b`` is that of the keys of both. Keys wait uncounted until they are many."""
 
-    def __init__(self, bins: int, keys: tuple[Keys, ...] = (), counted: Tensor | int = 0):
+    def __init__(self, bins: int, keys: tuple[Keys, ...] = (), counted: Tensor | None = None):
         self.bins, self.keys, self.counted = bins, keys, counted
 
     def __add__(self, other: "Tally") -> "Tally":
-        both = Tally(self.bins, self.keys + other.keys, self.counted + other.counted)
+        counted = [one.counted for one in (self, other) if one.counted is not None]
+        both = Tally(self.bins, self.keys + other.keys, reduce(torch.add, counted) if counted else None)
         return both if len(both.keys) < 64 and sum(map(len, both.keys)) < MANY else Tally(self.bins, (), both.tensor())
 
     def tensor(self) -> Int64[Tensor, "bins"]:
@@ -47,9 +48,9 @@ class Tally:
 
     @cached_property
     def _counts(self) -> Tensor:
-        if not self.keys:
-            return self.counted + torch.zeros(self.bins, dtype=torch.int64)
-        return torch.bincount(torch.from_numpy(np.concatenate(self.keys)), minlength=self.bins) + self.counted
+        before = torch.zeros(self.bins, dtype=torch.int64) if self.counted is None else self.counted
+        keys = torch.from_numpy(np.concatenate(self.keys)) if self.keys else None
+        return before if keys is None else torch.bincount(keys, minlength=self.bins) + before
 
 
 class Tallies:
@@ -86,12 +87,17 @@ def coarse(deltas: Float[Tensor, "experts *cut"], *, signed: bool = False) -> Ta
 
 
 def fine(deltas: Float[Tensor, "experts *cut"], places: Sequence[Sequence[int]], *, signed: bool = False) -> Tallies:
-    """Count the lower 16 bits of those of each expert's entries whose upper bits are one of its ``places``."""
+    """Count the lower 16 bits of those of each expert's entries whose upper bits are one of its ``places``.
+
+    Lower bits that are all zero are left out, since `coarse` tells how many there are: in deltas of bf16 weights they
+    are nearly all, and selecting many entries is slow.
+    """
 
     def lower_in(wanted: Sequence[int]) -> Callable[[Bits], Keys]:
+        starts = [np.int32(((place - HALF * signed) << 16) + 1) for place in wanted]
+
         def lower(bits: Bits) -> Keys:
-            upper = bits >> 16
-            inside = [bits[upper == place - HALF * signed] & 0xFFFF | j << 16 for j, place in enumerate(wanted)]
+            inside = [_less(bits - start, LOWER - 1) + np.int32(1 + (j << 16)) for j, start in enumerate(starts)]
             return inside[0] if len(inside) == 1 else np.concatenate(inside)
 
         return lower
@@ -202,7 +208,7 @@ class _Same:
 
     def __init__(self, histogram: Histogram):
         self.tensor = histogram if isinstance(histogram, Tensor) else histogram.tensor()
-        self.key = (self.tensor.data_ptr(), len(self.tensor), self.tensor._version)
+        self.key = (self.tensor.data_ptr(), self.tensor.numel(), self.tensor._version)
 
     def __hash__(self) -> int:
         return hash(self.key)
@@ -226,6 +232,8 @@ def _ranked(upper: _Same, lower: _Same, ranks: tuple[int, ...], signed: bool) ->
     found = []
     for k, within in zip(ranks, lower.tensor.split(LOWER), strict=True):
         high, above = _locate(upper.tensor, k)
+        within = within.clone()
+        within[0] = upper.tensor[high] - within.sum()
         low, more = _locate(within, k - above)
         bits = np.array([(high - HALF * signed) << 16 | low]).astype(np.int32)
         found.append((float(_ordered(bits, signed).view(np.float32)[0]), above + more, int(within[low])))
@@ -247,11 +255,17 @@ def _tally(row: Tensor, bins: int, key: Callable[[Bits], Keys], signed: bool) ->
     return total
 
 
+def _less(bits: Bits, limit: int) -> Bits:
+    """Return those that are less than ``limit`` and not negative: one comparison of the bits as unsigned numbers."""
+    return bits[bits.view(np.uint32) < limit]
+
+
 def _bits(row: Tensor, signed: bool) -> Iterator[Bits]:
     """Yield integers that are ordered as |x|, or as x if ``signed``, in fp32."""
-    for part in row.detach().reshape(-1).split(CHUNK):
-        bits = part.float().cpu().contiguous().numpy().view(np.int32)
-        yield _ordered(bits, signed) if signed else bits & MAGNITUDE
+    bits = row.detach().reshape(-1).float().cpu().contiguous().numpy().view(np.int32)
+    for at in range(0, len(bits), CHUNK):
+        part = bits[at : at + CHUNK]
+        yield _ordered(part, signed) if signed else part & MAGNITUDE
 
 
 def _ordered(bits: Bits, signed: bool) -> Bits:

@@ -91,8 +91,11 @@ def _selected(deltas: Float[Tensor, "experts n"], theta: float) -> list[Tensor]:
 
 
 def _variance(deltas: Float[Tensor, "experts *cut"]) -> Float[Tensor, "*cut"]:
-    """Return the population variance over experts, added one after the other: the same bits however cut."""
-    rows = deltas.detach().to(torch.promote_types(deltas.dtype, torch.float32))
+    """Return the population variance over experts, one added after the other: the same bits however cut.
+
+    In float64, so that variances which are equal come out equal in whatever order experts are added.
+    """
+    rows = deltas.detach().double()
     mean = reduce(torch.add, rows) / len(rows)
     return (reduce(torch.add, [(one - mean).square() for one in rows]) / len(rows)).float()
 

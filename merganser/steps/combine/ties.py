@@ -133,12 +133,14 @@ def _thetas(
     """Return each expert's threshold; 0 where nothing is trimmed."""
     if all(share == 1 for share in per_expert("density", density, experts)):
         return [0.0] * experts
-    thetas = []
+    thetas, kept = [], []
     for t, k in enumerate(_kept(survey, density, rule, experts)):
         theta, above, equals = select.ranked(survey[0][t], survey[1][t], [k])[0]
-        if equal == "all" and theta > 0:
-            select.warn_of_equals(k, above + equals, select.size(survey[0][t]), scope)
         thetas.append(theta)
+        kept.append((above + equals - k if theta > 0 else 0, k, select.size(survey[0][t])))
+    more, k, size = max(kept)
+    if equal == "all":
+        select.warn_of_equals(k, k + more, size, scope)
     return thetas
 
 
