@@ -32,7 +32,7 @@ from .sentence import Sentence, Step, find, takes
 from .weights.header import header, shape_of
 from .where import Where
 
-CUT = 1 << 16  # entries; a multiple of 16, so that a generator draws for cuts what it draws for the whole tensor
+CUT = 1 << 17  # entries; a multiple of 16, so that a generator draws for cuts what it draws for the whole tensor
 STATISTICS = ("running_mean", "running_var")
 Surveys = Mapping[tuple[int, str], Any]
 
@@ -237,6 +237,11 @@ class _Run:
         self.at = next((k for k, step in enumerate(steps) if step.kind == "combine"), len(steps))
         self.draws = any("rng" in takes(step.function) for step in steps)
         self.extra = [_ingredients(job, name, step) for step in steps]
+        self.rows = {
+            k: _rows(surveys[k], 1 if k > self.at else len(self.experts))
+            for k, step in enumerate(steps)
+            if step.kind == "edit"
+        }
         drawn_as = job.alike.get(name, name)
         words = [step.function for step in steps]
         self.rngs: dict[tuple[int, str], torch.Generator] = {
@@ -272,12 +277,16 @@ class _Run:
         whos = ("merged",) if merged else self.experts
         out = []
         for r, (row, who) in enumerate(zip(rows, whos, strict=True)):
-            survey = None if self.surveys[k] is None else [total[r] for total in self.surveys[k]]
             extra = _cut(self.extra[k], Piece(at, row, row, None), self.numel, len(whos))
             own = {n: t[r] if t is not None and t.ndim > row.ndim else t for n, t in extra.items()}
-            given |= {"survey": survey, "rng": self.rngs.get((k, who)), **step.for_one(r)}
+            given |= {"survey": self.rows[k][r], "rng": self.rngs.get((k, who)), **step.for_one(r)}
             out.append(named(step, self.name, row, **given, **own))
         return out[0] if merged else torch.stack(out)
+
+
+def _rows(totals: Any, count: int) -> list[Any]:
+    """Return each expert's part of the totals of an edit."""
+    return [None if totals is None else [total[r] for total in totals] for r in range(count)]
 
 
 def _ingredients(job: Job, name: str, step: Step) -> dict[str, Tensor | None]:
@@ -315,25 +324,28 @@ def read(
     step = max(1, min(cut or numel, numel))
     buffer = torch.empty(len(thetas), step, dtype=kind)
     rows = list(buffer)
-    for at in range(0, max(1, numel), step):
-        n = min(step, numel - at)
-        base = origin[at : at + n].to(kind)
+    at = 0
+    # splitting once is a tenth of the time of slicing each piece
+    for stored, *pieces in zip(origin.split(step), *(theta.split(step) for theta in thetas), strict=True):
+        n = stored.numel()
+        base = stored.to(kind)
         if job.seen:
-            job.seen("base", name, at, origin[at : at + n])
-        for row, theta, expert in zip(rows, thetas, job.experts, strict=True):
-            piece, out = theta[at : at + n], row[:n]
+            job.seen("base", name, at, stored)
+        for row, piece, expert in zip(rows, pieces, job.experts, strict=True):
             if job.seen:
                 job.seen(expert, name, at, piece)
+            out = row if n == step else row[:n]
             # copying first, then subtracting in place, is twice as fast as a subtraction of two dtypes
             torch.sub(piece, base, out=out) if piece.dtype == kind else out.copy_(piece).sub_(base)
-        deltas = buffer[:, :n]
+        deltas = buffer if n == step else buffer[:, :n]
         total = deltas.sum().item()
         if not math.isfinite(total):
             _check_finite(job, name, deltas)
         moved = total != 0 or bool(deltas.any())
         if cut is None:
             base, deltas = base.reshape(shape), deltas.reshape(len(thetas), *shape)
-        yield at, origin[at : at + n], base, deltas, moved
+        yield at, stored, base, deltas, moved
+        at += n
 
 
 def _check_finite(job: Job, name: str, deltas: Tensor) -> None:

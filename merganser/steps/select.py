@@ -26,6 +26,7 @@ MANY = 1 << 20  # keys that wait to be counted: counting a few at a time would m
 HALF, LOWER = 1 << 15, 1 << 16  # bins of 15 and of 16 bits
 MAGNITUDE = 0x7FFFFFFF  # all bits but the sign
 
+_REMEMBERED: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
 Bits = NDArray[np.int32]
 Keys = NDArray[Any]
 Look = Callable[..., Any]
@@ -126,6 +127,17 @@ def ranked(
     return list(_ranked(_Same(upper), _Same(lower), tuple(ranks), signed))
 
 
+def remembered(function: Callable[..., Any], survey: Sequence[Any], *args: Any) -> Any:
+    """Return ``function(survey, *args)``, worked out once for a survey: a step is called with the same one for every cut."""
+    key = (function.__module__, function.__name__, *map(id, survey), repr(args))
+    known = _REMEMBERED.get(key)
+    if known is None:
+        if len(_REMEMBERED) >= 8:
+            _REMEMBERED.clear()
+        known = _REMEMBERED[key] = function(survey, *args), tuple(survey)  # holding the totals keeps their ids their own
+    return known[0]
+
+
 def look_at(deltas: Tensor, looks: Sequence[Look], **given: Any) -> list[Any]:
     """Return what the looks learn from these deltas alone, as if they were the whole model."""
     learned: list[Any] = []
@@ -217,17 +229,17 @@ class _Same:
         return isinstance(other, _Same) and self.key == other.key
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def _size(upper: _Same) -> int:
     return int(upper.tensor.sum())
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def _places(upper: _Same, ranks: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(_locate(upper.tensor, k)[0] for k in ranks)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def _ranked(upper: _Same, lower: _Same, ranks: tuple[int, ...], signed: bool) -> tuple[tuple[float, int, int], ...]:
     found = []
     for k, within in zip(ranks, lower.tensor.split(LOWER), strict=True):

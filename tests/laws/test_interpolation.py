@@ -37,6 +37,11 @@ def close(a: Tensor, b: Tensor, rtol: float = 1e-5, atol: float = 1e-6) -> None:
     torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
+def told(value: Any) -> str:
+    """Name a parameter the same in every process of the test run."""
+    return getattr(value, "__name__", str(value))
+
+
 def module_of(step: Any) -> Any:
     return importlib.import_module(step.__module__)
 
@@ -68,7 +73,7 @@ ANGLES: list[tuple[Any, int, dict[str, Any]]] = [
     (karcher, 4, {"on": "deltas"}),
     (model_stock, 4, {}),
 ]
-every_angle = pytest.mark.parametrize(("step", "experts", "knobs"), ANGLES, ids=str)
+every_angle = pytest.mark.parametrize(("step", "experts", "knobs"), ANGLES, ids=told)
 
 
 @every_angle
@@ -82,7 +87,7 @@ def test_inner_products_add_up_over_cuts(step: Any, experts: int, knobs: dict, s
 
 
 @pytest.mark.parametrize(
-    ("step", "experts", "knobs"), [a for a in ANGLES if a[0] is not model_stock and a[2].get("on") != "deltas"], ids=str
+    ("step", "experts", "knobs"), [a for a in ANGLES if a[0] is not model_stock and a[2].get("on") != "deltas"], ids=told
 )
 @given(seed=seeds, shape=st.sampled_from([(7,), (4, 5), (2, 3, 4)]))
 @fast

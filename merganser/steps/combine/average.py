@@ -1,7 +1,6 @@
 """Average: the (weighted) mean of the deltas."""
 
 from collections.abc import Sequence
-from functools import reduce
 
 import torch
 from jaxtyping import Float
@@ -23,7 +22,7 @@ def average(
     Source: Wortsman et al., Model Soups (arXiv 2203.05482).
     """
     if weights is None:
-        return _add(deltas) / len(deltas)
+        return _add(deltas).div_(len(deltas))
     if len(weights) != len(deltas):
         raise ValueError(f"weights must hold one number per expert: {len(weights)} given, {len(deltas)} experts")
     w = torch.as_tensor(weights, dtype=deltas.dtype, device=deltas.device)
@@ -34,4 +33,8 @@ def average(
 
 def _add(terms: Tensor | Sequence[Tensor]) -> Tensor:
     """Add one expert after the other: unlike torch.sum, the same bits however the tensor was cut."""
-    return reduce(torch.add, terms)
+    first, *others = terms
+    total = first.clone()
+    for term in others:
+        total += term
+    return total

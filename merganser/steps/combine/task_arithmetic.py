@@ -1,7 +1,6 @@
 """Task arithmetic: the sum of the deltas."""
 
 from collections.abc import Sequence
-from functools import reduce
 
 import torch
 from jaxtyping import Float
@@ -35,4 +34,8 @@ def task_arithmetic(
 
 def _add(terms: Tensor | Sequence[Tensor]) -> Tensor:
     """Add one expert after the other: unlike torch.sum, the same bits however the tensor was cut."""
-    return reduce(torch.add, terms)
+    first, *others = terms
+    total = first.clone()
+    for term in others:
+        total += term
+    return total

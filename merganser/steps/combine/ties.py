@@ -65,7 +65,7 @@ def ties(
     survey = select.look_at(deltas, looks) if survey is None else survey
     w = None if weights is None else per_expert("weights", weights, len(deltas))
     wide = _rows(deltas.to(torch.promote_types(deltas.dtype, torch.float32)))
-    thetas = _thetas(survey, density, len(deltas), rule, scope, equal)
+    thetas = select.remembered(_thetas, survey, density, len(deltas), rule, scope, equal)
     if equal == "first" and looks:
         ats = zip(wide, thetas, _kept(survey, density, rule, len(deltas)), strict=True)
         wide = torch.stack([x * select.first_of_equals(x, theta, k) for x, theta, k in ats])
@@ -101,12 +101,11 @@ def passes(
         return select.coarse(deltas)
 
     def fine(deltas: Tensor, learned: list[Any]) -> Tallies:
-        kept = _kept(learned, density, rule, len(deltas))
-        return select.fine(deltas, [select.places(learned[0][t], [k]) for t, k in enumerate(kept)])
+        return select.fine(deltas, select.remembered(_bins, learned, density, rule, len(deltas)))
 
     def signs(deltas: Tensor, learned: list[Any]) -> Tensor:
         w = per_expert("weights", weights, len(deltas)) if weights is not None and weights_vote else None
-        thetas = _thetas(learned, density, len(deltas), rule, scope, equal)
+        thetas = select.remembered(_thetas, learned, density, len(deltas), rule, scope, equal)
         parts = _rows(deltas.detach().float()).split(CHUNK, dim=1)
         return _add([_vote(_trim(part, thetas, w), elect).sign().sum(dtype=torch.float64) for part in parts])
 
@@ -125,6 +124,10 @@ def _kept(survey: Sequence[Any], density: float | Sequence[float], rule: str, ex
     more = 1 if rule == "reference" else 0
     shares = per_expert("density", density, experts)
     return [min(d, max(1, int(share * d) + more)) for share, d in zip(shares, sizes, strict=True)]
+
+
+def _bins(survey: Sequence[Any], density: float | Sequence[float], rule: str, experts: int) -> list[list[int]]:
+    return [select.places(survey[0][t], [k]) for t, k in enumerate(_kept(survey, density, rule, experts))]
 
 
 def _thetas(
