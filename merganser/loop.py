@@ -335,7 +335,7 @@ def read(
             if job.seen:
                 job.seen(expert, name, at, piece)
             out = row if n == step else row[:n]
-            # copying first, then subtracting in place, is twice as fast as a subtraction of two dtypes
+            # copying first, then subtracting in place, is faster than a subtraction of two dtypes
             torch.sub(piece, base, out=out) if piece.dtype == kind else out.copy_(piece).sub_(base)
         deltas = buffer if n == step else buffer[:, :n]
         total = deltas.sum().item()

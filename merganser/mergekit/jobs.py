@@ -108,8 +108,8 @@ def _planned(
         _contract(f"slices[{k}]" if config.inputs.slices else "models", method, one, _base(config, one))
     places = {ref: _place(ref, path.parent) for ref in refs}
     short = dict(zip(refs, named(list(places.values())), strict=True))
-    for ref in refs if method.base == "none" else refs[1:]:  # "base" is what the deltas are taken from
-        short[ref] = f"{BASE}-model" if short[ref] == BASE else short[ref]
+    if method.base != "none" and short[refs[0]] == f"{BASE}-model":  # the one whose name it is
+        short[refs[0]] = BASE
     models = _opened(places, opened)
     notes = list(_notes(config, method, models))
     models, writer = one_vocabulary(config, models, short, notes)
