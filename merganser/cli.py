@@ -329,6 +329,25 @@ def show_one(context: typer.Context, as_json: Json = False) -> None:
     show_model(told)
 
 
+@app.command()
+@guarded
+def learn(
+    what: Annotated[str, typer.Argument(help="What to measure: fisher or gram.")],
+    recipe: Recipe,
+    to: To = Path("ingredients"),
+    rows: Annotated[int, typer.Option(min=1, help="How many inputs an expert, from its task's validation split.")] = 256,
+    as_json: Json = False,
+) -> None:
+    """Measure an ingredient (Fisher information, Gram matrices) of a recipe's experts, a folder each; no label is used."""
+    from .learn.measure import measure_recipe
+    from .progress import bars
+    from .recipe import read_recipe
+
+    folders = measure_recipe(read_recipe(recipe), what, to, rows=rows, progress=bars)
+    told = {name: str(folder) for name, folder in folders.items()}
+    say({what: told}, as_json, f"measured {what} of {len(told)} experts into {to}; use: [ingredients] {what} = \"{to}\"")
+
+
 @app.command("eval")
 @guarded
 def evaluate(

@@ -34,7 +34,9 @@ def average(
 def _add(terms: Tensor | Sequence[Tensor]) -> Tensor:
     """Add one expert after the other: unlike torch.sum, the same bits however the tensor was cut."""
     first, *others = terms
-    total = first.clone()
-    for term in others:
+    if not others:
+        return first.clone()
+    total = first + others[0]
+    for term in others[1:]:
         total += term
     return total

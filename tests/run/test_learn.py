@@ -1,0 +1,51 @@
+"""From recipe to ingredients to a run that uses them, on the command line."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import merganser
+from merganser.cli import app
+
+
+def call(*args):
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+@pytest.mark.parametrize(("what", "step"), [("fisher", "fisher"), ("gram", "regmean")])
+def test_what_is_measured_is_what_a_run_takes(user, tmp_path, what, step):
+    done = call("learn", what, user / "recipe.toml", "--to", tmp_path / what, "--rows", 24, "--json")
+    assert done.exit_code == 0, done.output
+    folders = json.loads(done.stdout)[what]
+    assert set(folders) == {"stripes", "spots", "corners"}
+    measured = {name: merganser.open_weights(folder) for name, folder in folders.items()}
+    assert all("out.weight" in weights for weights in measured.values())
+
+    recipe = (user / "recipe.toml").read_text()
+    start = recipe.index("sentences = ["), recipe.index("]\n", recipe.index("sentences = [")) + 2
+    recipe = recipe[: start[0]] + f'sentences = ["{step}"]\n' + recipe[start[1] :]
+    other = user / f"{what}.toml"
+    other.write_text(f'{recipe}\n[ingredients]\n{what} = "{tmp_path / what}"\n')
+    done = call("run", other, "--to", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    merged = merganser.open_weights(tmp_path / "out" / "merged")
+    base = merganser.open_weights(user / "base")
+    names = ("stripes", "spots", "corners")
+    experts = {name: merganser.open_weights(user / "experts" / name) for name in names}
+    row = json.loads((tmp_path / "out" / "scores.json").read_text())["rows"][0]
+    assert row["sentence"].startswith(step)
+    want = merganser.merge(base, experts, row["sentence"], ingredients={what: measured})
+    best = json.loads((tmp_path / "out" / "merged" / "card.json").read_text())["sentence"]
+    if best == row["sentence"]:
+        torch.testing.assert_close(merged["out.weight"], want["out.weight"])
+    average = merganser.merge(base, experts, "average")
+    assert not torch.allclose(want["out.weight"], average["out.weight"])
+
+
+def test_another_word_is_told_before_work(user, tmp_path):
+    done = call("learn", "fischer", user / "recipe.toml", "--to", tmp_path / "x")
+    assert done.exit_code == 1
+    assert "did you mean 'fisher'" in done.output
+    assert not (tmp_path / "x").exists()
