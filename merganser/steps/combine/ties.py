@@ -149,7 +149,7 @@ def _thetas(
 
 def _trim(part: Tensor, thetas: list[float], w: list[float] | None) -> list[Tensor]:
     """Return each expert's entries that reach its threshold, the others as zero, times its weight."""
-    kept = [select.trimmed(one, theta) for one, theta in zip(part, thetas, strict=True)]
+    kept = [select.trimmed(one, theta) if theta else one for one, theta in zip(part, thetas, strict=True)]
     return kept if w is None else [x * one for x, one in zip(w, kept, strict=True)]
 
 

@@ -35,11 +35,11 @@ def dare(
         return delta.clone()
     uniform = torch.rand(delta.shape, generator=rng, device=rng.device)
     dropped_up_to = float(np.nextafter(np.float32(1 - keep), np.float32(0)))
-    kept = delta * threshold(uniform, dropped_up_to, 0, inplace=True).sign_().to(delta)
+    kept = threshold(uniform, dropped_up_to, 0, inplace=True).sign_().to(delta).mul_(delta)
     if rescale == "l1":
         ratio = l1_ratio(*(one.detach().abs().sum(dtype=torch.float64) for one in (delta, kept)))
         return kept * ratio
-    return kept / keep if rescale else kept
+    return kept.div_(keep) if rescale else kept
 
 
 def elementwise(*, rescale: bool | str = True, **_knobs: Any) -> bool:
