@@ -275,13 +275,17 @@ class _Run:
         merged = k > self.at
         rows = value[None] if merged else value
         whos = ("merged",) if merged else self.experts
-        out = []
         for r, (row, who) in enumerate(zip(rows, whos, strict=True)):
             extra = _cut(self.extra[k], Piece(at, row, row, None), self.numel, len(whos))
             own = {n: t[r] if t is not None and t.ndim > row.ndim else t for n, t in extra.items()}
             given |= {"survey": self.rows[k][r], "rng": self.rngs.get((k, who)), **step.for_one(r)}
-            out.append(named(step, self.name, row, **given, **own))
-        return out[0] if merged else torch.stack(out)
+            edited = named(step, self.name, row, **given, **own)
+            if edited.shape != row.shape:
+                raise SentenceError(f"{step}: gives shape {[*edited.shape]} for {[*row.shape]} (tensor '{self.name}')")
+            if merged:
+                return edited
+            row.copy_(edited)  # back into the buffer: a stack of the results would be as large once more
+        return value
 
 
 def _rows(totals: Any, count: int) -> list[Any]:

@@ -206,3 +206,11 @@ def test_nobody_else_is_called_base(models, tmp_path):
     merganser.save(experts["a"], tmp_path / "two" / "base")
     merganser.merge(tmp_path / "one" / "base", [tmp_path / "two" / "base"], "average", into=tmp_path / "out")
     assert read_card(tmp_path / "out")["inputs"] == {"base": fingerprint(base), "base-model": fingerprint(experts["a"])}
+
+
+def test_an_edit_that_changes_the_shape_is_named(models):
+    def flat(delta):
+        return delta.flatten()[:1]
+
+    with pytest.raises(SentenceError, match=r"flat: gives shape \[1\]"):
+        merganser.merge(*models, [flat, "average"])
