@@ -335,7 +335,9 @@ def learn(
     what: Annotated[str, typer.Argument(help="What to measure: fisher or gram.")],
     recipe: Recipe,
     to: To = Path("ingredients"),
-    rows: Annotated[int, typer.Option(min=1, help="How many inputs an expert, from its task's validation split.")] = 256,
+    rows: Annotated[
+        int, typer.Option(min=1, help="How many inputs an expert, from its task's validation split.")
+    ] = 256,
     as_json: Json = False,
 ) -> None:
     """Measure an ingredient (Fisher information, Gram matrices) of a recipe's experts, a folder each; no label is used."""
@@ -345,7 +347,7 @@ def learn(
 
     folders = measure_recipe(read_recipe(recipe), what, to, rows=rows, progress=bars)
     told = {name: str(folder) for name, folder in folders.items()}
-    say({what: told}, as_json, f"measured {what} of {len(told)} experts into {to}; use: [ingredients] {what} = \"{to}\"")
+    say({what: told}, as_json, f'measured {what} of {len(told)} experts into {to}; use: [ingredients] {what} = "{to}"')
 
 
 @app.command("eval")

@@ -98,7 +98,11 @@ class Output:
     """
 
     def __init__(
-        self, origin: Mapping[str, Tensor], names: Iterable[str], target: torch.dtype | None = None, stored: str = "model"
+        self,
+        origin: Mapping[str, Tensor],
+        names: Iterable[str],
+        target: torch.dtype | None = None,
+        stored: str = "model",
     ):
         self.origin, self.stored = origin, stored
         merged = set(names)
@@ -208,7 +212,9 @@ def finish(
 
 def job_key(card: Mapping[str, Any], jobs: Sequence[Job]) -> str:
     """Return what tells a job from others: the card so far, the names, and what its weights are."""
-    return key_of([dict(card), [[identity(job.base), *map(identity, job.experts.values()), list(job.names)] for job in jobs]])
+    return key_of(
+        [dict(card), [[identity(job.base), *map(identity, job.experts.values()), list(job.names)] for job in jobs]]
+    )
 
 
 def identity(weights: Mapping[str, Tensor]) -> Any:

@@ -58,7 +58,9 @@ class Step:
                 for name in [*value, *experts]:
                     if name not in experts or name not in value:
                         what = "there is no such expert" if name not in experts else "it has no value"
-                        raise SentenceError(f"{self}: {knob}: '{name}': {what}; give one value for each of {[*experts]}")
+                        raise SentenceError(
+                            f"{self}: {knob}: '{name}': {what}; give one value for each of {[*experts]}"
+                        )
                 knobs[knob] = Each(value[name] for name in experts)
         return self if knobs == self.knobs else replace(self, knobs=knobs)
 

@@ -69,8 +69,7 @@ class Where:
                         )
                     if isinstance(value, Mapping) and "gradient" in value and not is_gradient(value):
                         raise SentenceError(
-                            f"where '{pattern}': {word}.{knob}: a gradient is {{'gradient': [numbers]}}, "
-                            f"got {value!r}"
+                            f"where '{pattern}': {word}.{knob}: a gradient is {{'gradient': [numbers]}}, got {value!r}"
                         )
         for name in names:
             self.resolve(sentence, name)

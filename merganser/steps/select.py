@@ -134,7 +134,10 @@ def remembered(function: Callable[..., Any], survey: Sequence[Any], *args: Any) 
     if known is None:
         if len(_REMEMBERED) >= 8:
             _REMEMBERED.clear()
-        known = _REMEMBERED[key] = function(survey, *args), tuple(survey)  # holding the totals keeps their ids their own
+        known = _REMEMBERED[key] = (
+            function(survey, *args),
+            tuple(survey),
+        )  # holding the totals keeps their ids their own
     return known[0]
 
 

@@ -12,7 +12,6 @@ from operator import add
 import pytest
 import torch
 from cases import described, tensors
-from torch import Tensor
 
 from merganser.steps.combine.task_arithmetic import task_arithmetic
 from merganser.steps.combine.ties import passes, ties

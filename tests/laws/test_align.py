@@ -128,7 +128,9 @@ MLP |= {f"net.{k}.bias": (n,) for k, n in enumerate((6, 5, 2))}
 BLOCK = {"h.0.mlp.gate_proj.weight": (9, 4), "h.0.mlp.up_proj.weight": (9, 4), "h.0.mlp.down_proj.weight": (4, 9)}
 BLOCK |= {"h.0.mlp.c_fc.weight": (4, 7), "h.0.mlp.c_fc.bias": (7,), "h.0.mlp.c_proj.weight": (7, 4)}
 BLOCK |= {"l.0.fc1.weight": (8, 4), "l.0.fc1.bias": (8,), "l.0.fc2.weight": (4, 8), "l.0.norm.weight": (4,)}
-networks = pytest.mark.parametrize(("shapes", "net", "spec"), [(MLP, mlp, "mlp"), (BLOCK, block, "auto")], ids=["mlp", "block"])
+networks = pytest.mark.parametrize(
+    ("shapes", "net", "spec"), [(MLP, mlp, "mlp"), (BLOCK, block, "auto")], ids=["mlp", "block"]
+)
 
 
 def random_model(seed: int, shapes: dict) -> dict[str, Tensor]:

@@ -87,7 +87,9 @@ def test_inner_products_add_up_over_cuts(step: Any, experts: int, knobs: dict, s
 
 
 @pytest.mark.parametrize(
-    ("step", "experts", "knobs"), [a for a in ANGLES if a[0] is not model_stock and a[2].get("on") != "deltas"], ids=told
+    ("step", "experts", "knobs"),
+    [a for a in ANGLES if a[0] is not model_stock and a[2].get("on") != "deltas"],
+    ids=told,
 )
 @given(seed=seeds, shape=st.sampled_from([(7,), (4, 5), (2, 3, 4)]))
 @fast

@@ -132,14 +132,14 @@ def test_fingerprints_are_those_of_the_inputs_however_they_are_read(models, tmp_
     assert fingerprint(other) != fingerprint(base)
 
 
-STEP = '''
+STEP = """
 ELEMENTWISE = True
 
 def strongest(deltas, *, share=1.0):
     if not 0 < share <= 1:
         raise ValueError(f"share must lie in (0, 1], got {share!r}")
     return deltas.abs().amax(dim=0) * share
-'''
+"""
 
 
 def test_a_step_from_a_file(models, tmp_path):
@@ -168,7 +168,9 @@ def test_a_step_from_an_entry_point(tmp_path):
         "import torch, merganser; w = merganser.merge({'w': torch.zeros(3)}, [{'w': torch.tensor([1., -2., 0.])}], "
         "'strongest(share=0.5)')['w'].tolist(); assert w == [0.5, 1.0, 0.0], w"
     )
-    done = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..inner import gram, known, lengths, mixed
+from ..inner import gram, known, lengths, mixed, rough_gram
 
 SCOPE = "tensor"
 
@@ -64,6 +64,6 @@ def passes(*, filter_wise: bool = False, **_knobs: Any) -> list[Any]:
     """Return what `model_stock` has to learn first from a tensor: inner products."""
 
     def look(deltas: Tensor, _learned: list[Tensor]) -> Tensor:
-        return gram(deltas)
+        return rough_gram(deltas)
 
     return [] if filter_wise else [look]
