@@ -20,7 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from .errors import MerganserError, RecipeError
 
-M_MMAP_THRESHOLD = -3  # of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 class _Quick:
@@ -494,8 +494,11 @@ def finish(report: Path, as_json: bool) -> None:
 def main() -> None:
     """Run the command line."""
     with contextlib.suppress(OSError, AttributeError):  # glibc only
-        # whole matrices go back to the system when they are freed, not into the heaps of the threads: half the memory
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 4 << 20)
+        # whole matrices go back to the system when they are freed, not into the heaps of the threads: half the memory;
+        # cuts of tensors do not, since fetching them again page by page would cost more than what is done to them
+        tell = ctypes.CDLL(None).mallopt
+        tell(M_MMAP_THRESHOLD, 4 << 20)
+        tell(M_TRIM_THRESHOLD, 64 << 20)
     try:
         app()
     except SystemExit as done:

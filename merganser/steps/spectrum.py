@@ -10,6 +10,7 @@ from torch import Tensor
 
 NULL = 1e-6  # singular values below this share of the largest are rounding noise of fp32
 SETTLED, UNSAFE = 1e-4, 1e-1  # a correction this small leaves an error of about its square; this large, any error
+BAND = 256  # rows taken at a time
 CONV = ("matrix", "mean")
 
 
@@ -24,7 +25,23 @@ def matrices(
     if conv not in CONV:
         raise ValueError(f"conv must be 'matrix' or 'mean', got {conv!r}")
     matrix = deltas.ndim == 3 or (deltas.ndim == 5 and conv == "matrix")
-    return deltas.flatten(2) if matrix and "text_projection" not in name and bool(deltas.any()) else None
+    return deltas.flatten(2) if matrix and "text_projection" not in name and moved(deltas) else None
+
+
+def moved(deltas: Tensor) -> bool:
+    """Tell whether any entry is not zero; mostly the sum tells it, five times as fast."""
+    return bool(deltas.sum() != 0) or bool(deltas.any())
+
+
+def summed(wide: Float[Tensor, "experts out inner"]) -> Float[Tensor, "out inner"]:
+    """Return the sum over experts in float64, band by band as `squared`."""
+    if wide.requires_grad:
+        return wide.sum(dim=0, dtype=torch.float64)
+    total = wide.new_empty(wide.shape[1:], dtype=torch.float64)
+    band = max(1, BAND // len(wide))
+    for rows, to in zip(wide.split(band, dim=1), total.split(band), strict=True):
+        torch.sum(rows.double(), dim=0, out=to)
+    return total
 
 
 def check_rank(rank: int | None) -> None:
@@ -44,13 +61,47 @@ def leading(
         u, s, v = leading(matrix.mT, k, size=size)
         return v, s, u
     k = min(k or matrix.shape[1], matrix.shape[1])
-    tall = matrix.double()
-    gram = tall.mT @ tall
+    gram = squared(matrix)
     squares, v = _few(gram, k) or torch.linalg.eigh(gram)  # ascending
     squares, v = squares[-k:].flip(0), v[:, -k:].flip(1)
     real = squares > (NULL * (size or squares[0].sqrt())) ** 2
     s, v = squares[real].sqrt(), v[:, real]
-    return tall @ v / s, s, v
+    return times(matrix, v / s), s, v
+
+
+def squared(tall: Float[Tensor, "m n"]) -> Float[Tensor, "n n"]:
+    """Return ``tall^T tall`` in float64.
+
+    Rows come in bands, so that no float64 copy of all is made; of each pair of bands of columns one product is enough.
+    """
+    if tall.requires_grad:
+        return tall.mT.double() @ tall.double()
+    n = tall.shape[1]
+    gram = torch.zeros(n, n, dtype=torch.float64, device=tall.device)
+    width = max(64, -(-n // 4))
+    for rows in map(_double, tall.split(BAND)):
+        for a in range(0, n, width):
+            gram[a:, a : a + width].addmm_(rows[:, a:].mT, rows[:, a : a + width])
+    for a in range(0, n, width):
+        gram[a : a + width, a + width :] = gram[a + width :, a : a + width].mT
+    return gram
+
+
+def times(
+    tall: Float[Tensor, "m n"], right: Float[Tensor, "n k"], *, kind: torch.dtype = torch.float64
+) -> Float[Tensor, "m k"]:
+    """Return ``tall right``, computed in float64 and given as ``kind``, band by band as `squared`."""
+    if tall.requires_grad or right.requires_grad:
+        return (tall.double() @ right).to(kind)
+    out = right.new_empty(len(tall), right.shape[1], dtype=kind)
+    for rows, to in zip(tall.split(BAND), out.split(BAND), strict=True):
+        to.copy_(_double(rows) @ right)
+    return out
+
+
+def _double(rows: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+    """Return rows in float64, in the order in which they lie in memory: turning them round would cost more."""
+    return rows.mT.double().mT if rows.stride(0) == 1 else rows.double()
 
 
 def _few(gram: Float[Tensor, "n n"], k: int) -> tuple[Float[Tensor, " p"], Float[Tensor, "n p"]] | None:
@@ -92,10 +143,23 @@ def polar_parts(x: Float[Tensor, "m n"]) -> tuple[Float[Tensor, "m r"], Float[Te
     if x.shape[0] < x.shape[1]:
         q, p, s = polar_parts(x.mT)
         return p, q, s
-    squares, q = torch.linalg.eigh(x.mT @ x)
+    s, q = _right(x)
+    return times(x, q / s), q, s
+
+
+def _right(x: Float[Tensor, "m n"]) -> tuple[Float[Tensor, " r"], Float[Tensor, "n r"]]:
+    """Return the singular values of a tall matrix and its right singular vectors, on the non-null part."""
+    squares, q = torch.linalg.eigh(squared(x))
     real = squares > NULL**2 * squares[-1]
-    s, q = squares[real].sqrt(), q[:, real]
-    return x @ q / s, q, s
+    return squares[real].sqrt(), q[:, real]
+
+
+def isotropic(x: Float[Tensor, "m n"], *, like: Tensor) -> Float[Tensor, "*shape"]:
+    """Return ``polar(x)`` times the mean of all min(m, n) singular values, in like's shape and dtype."""
+    if x.shape[0] < x.shape[1]:
+        return isotropic(x.mT, like=like.reshape(x.shape).mT).mT.reshape(like.shape)
+    s, q = _right(x)
+    return times(x, q * (s.sum() / x.shape[1] / s) @ q.mT, kind=like.dtype).reshape(like.shape)
 
 
 def polar(x: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
@@ -109,10 +173,21 @@ def decorrelated(
 ) -> Float[Tensor, "*shape"]:
     """Return TSV-M of matrices, in like's shape and dtype: ``polar(U) diag(S) polar(V)^T`` of all leading triplets."""
     k = rank or max(1, min(wide.shape[1:]) // len(wide))
-    triplets = [leading(delta, k) for delta in wide if delta.any()]
+    triplets = [leading(delta, k) for delta in wide if moved(delta)]
     u, s, v = (torch.cat(parts, dim=-1) for parts in zip(*triplets, strict=True))
-    (left, turn_u, _), (right, turn_v, _) = polar_parts(u), polar_parts(v)
-    return product(left, turn_u.mT * s @ turn_v, right.mT, like=like)
+    del triplets
+    if len(u) < len(v):
+        return times(v, _root(v) * s @ (u @ _root(u)).mT, kind=like.dtype).mT.reshape(like.shape)
+    return times(u, _root(u) * s @ (v @ _root(v)).mT, kind=like.dtype).reshape(like.shape)
+
+
+def _root(x: Float[Tensor, "m n"]) -> Float[Tensor, "n n"]:
+    """Return ``(x^T x)^{-1/2}``, zero where x is null, so that ``polar(x)`` is x times it."""
+    if x.shape[0] < x.shape[1]:
+        _, q, s = polar_parts(x)
+    else:
+        s, q = _right(x)
+    return q / s @ q.mT
 
 
 def product(*factors: Tensor, like: Tensor) -> Float[Tensor, "*shape"]:

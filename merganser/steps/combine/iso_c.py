@@ -1,12 +1,9 @@
 """Iso-C: the summed delta with all singular values made equal."""
 
-from functools import reduce
-
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..spectrum import matrices, polar_parts, product
+from ..spectrum import isotropic, matrices, moved, summed
 
 
 def iso_c(deltas: Float[Tensor, "experts *shape"], *, conv: str = "matrix", name: str = "") -> Float[Tensor, "*shape"]:
@@ -28,8 +25,7 @@ def iso_c(deltas: Float[Tensor, "experts *shape"], *, conv: str = "matrix", name
     Source: Marczak et al., No Task Left Behind: Isotropic Model Merging (arXiv 2502.04959).
     """
     wide = matrices(deltas, conv, name)
-    total = None if wide is None else reduce(torch.add, (delta.double() for delta in wide))
-    if total is None or not total.any():
+    total = None if wide is None else summed(wide)
+    if total is None or not moved(total):
         return deltas.mean(dim=0)
-    u, v, s = polar_parts(total)
-    return product(u * (s.sum() / min(total.shape)), v.mT, like=deltas[0])
+    return isotropic(total, like=deltas[0])

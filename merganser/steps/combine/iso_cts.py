@@ -1,12 +1,10 @@
 """Iso-CTS: the common directions of the sum and each expert's own ones, all with the same weight."""
 
-from functools import reduce
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..spectrum import leading, matrices, polar, product
+from ..spectrum import leading, matrices, moved, polar, product, summed
 
 
 def iso_cts(
@@ -40,9 +38,9 @@ def iso_cts(
         return deltas.mean(dim=0)
     r = min(wide.shape[1:])
     c, s = _ranks(r, len(wide), common)
-    total = reduce(torch.add, (delta.double() for delta in wide))
-    shared = leading(total, c) if c and total.any() else None
-    own = [_own(delta, s, shared) for delta in wide if s and delta.any()]
+    total = summed(wide)
+    shared = leading(total, c) if c and moved(total) else None
+    own = [_own(delta, s, shared) for delta in wide if s and moved(delta)]
     own = [triplets for triplets in own if len(triplets[1])]
     triplets = own if shared is None else [*own, shared]
     if not triplets:  # the deltas cancel, so the sum has no direction

@@ -50,7 +50,7 @@ def sce(
     w = torch.full_like(energy, 1 / len(energy)) if alike else energy / energy.sum()
 
     wide = deltas.reshape(len(deltas), deltas[0].numel()).to(torch.promote_types(deltas.dtype, torch.float32))
-    merged = [_merged(part, theta, w.tolist()) for part in wide.split(CHUNK, dim=1)]
+    merged = [_merged(part, theta, w.tolist()) for part in wide.split(CHUNK // 2, dim=1)]
     return torch.cat(merged).reshape(deltas.shape[1:]).to(deltas.dtype)
 
 
@@ -68,36 +68,54 @@ def passes(*, density: float = 0.1, floor: float = 0.0) -> list[select.Look]:
 
     def energy(deltas: Tensor, learned: list[Any]) -> Tensor:
         theta = _theta(learned, density)
-        kept = _selected(deltas.detach().reshape(len(deltas), -1).float(), theta)
-        return torch.stack([one.square().sum(dtype=torch.float64) for one in kept]).cpu()
+        total = torch.zeros(len(deltas), dtype=torch.float64, device=deltas.device)
+        for part in deltas.detach().reshape(len(deltas), -1).float().split(CHUNK // 2, dim=1):
+            chosen = _selected(part, theta)
+            kept = ((one if chosen is None else one * chosen).double() for one in part)
+            total += torch.stack([torch.dot(one, one) for one in kept])
+        return total.cpu()
 
     return [coarse, fine, energy] if density < 1 else [energy]
 
 
 def _merged(part: Float[Tensor, "experts n"], theta: float, w: list[float]) -> Float[Tensor, "n"]:
-    kept = _selected(part, theta)
-    sign = reduce(torch.add, kept).detach().sign().add_(0.5).sign_()
-    agreeing = [torch.relu(one * sign) for one in kept]
-    total = reduce(torch.add, [x * one for x, one in zip(w, agreeing, strict=True)])
-    weight = reduce(torch.add, [x * one.detach().sign() for x, one in zip(w, agreeing, strict=True)])
-    return total * sign / weight.clamp(min=1e-6)
+    rows = list(part)
+    sign = reduce(torch.add, rows).detach().sign().add_(0.5).sign_()
+    total, weight = torch.zeros_like(rows[0]), torch.zeros_like(rows[0])
+    for x, one in zip(w, rows, strict=True):
+        agreeing = torch.relu(one * sign)
+        total = total.add_(agreeing, alpha=x)
+        weight.add_(agreeing.detach().sign(), alpha=x)
+    chosen = _selected(part, theta)
+    merged = total.mul(sign).div_(weight.clamp_(min=1e-6))
+    return merged if chosen is None else merged.mul_(chosen)
 
 
-def _selected(deltas: Float[Tensor, "experts n"], theta: float) -> list[Tensor]:
-    if theta == 0:
-        return list(deltas)
-    chosen = select.trimmed(_variance(deltas), theta).sign_()
-    return [one * chosen for one in deltas]
+def _selected(deltas: Float[Tensor, "experts n"], theta: float) -> Float[Tensor, "n"] | None:
+    """Return 1 where the variance is at least ``theta`` and 0 elsewhere; None if all are selected."""
+    return None if theta == 0 else select.trimmed(_variance(deltas), theta).sign_()
 
 
 def _variance(deltas: Float[Tensor, "experts *cut"]) -> Float[Tensor, "*cut"]:
-    """Return the population variance over experts, one added after the other: the same bits however cut.
+    """Return the population variance over T experts, ``(T sum x^2 - (sum x)^2) / T^2`` in float64, rounded to fp32.
 
-    In float64, so that variances which are equal come out equal in whatever order experts are added.
+    Squares of fp32 numbers and a few sums of them are exact in float64, so variances that are equal come out equal in
+    whatever order experts are added, and are 0 where all agree; with more than 32 experts what is left of the rounding
+    counts as 0.
     """
-    rows = deltas.detach().double()
-    mean = reduce(torch.add, rows) / len(rows)
-    return (reduce(torch.add, [(one - mean).square() for one in rows]) / len(rows)).float()
+    rows = deltas.detach().reshape(len(deltas), deltas[0].numel())
+    count = len(rows)
+    times = count if count <= 32 and rows.dtype != torch.float64 else count * (1 - 2**-50)
+    variance = torch.empty(rows.shape[1], device=rows.device)
+    for part, to in zip(rows.split(CHUNK // 2, dim=1), variance.split(CHUNK // 2), strict=True):
+        total = part[0].to(torch.float64, copy=True)
+        squares = total * total
+        for one in part[1:]:
+            wide = one.double()
+            total.add_(wide)
+            squares.addcmul_(wide, wide)
+        to.copy_(squares.mul_(times).sub_(total.square_()).relu_().mul_(1 / count**2))
+    return variance.reshape(deltas.shape[1:])
 
 
 def _asked(survey: Sequence[Any], density: float) -> int:

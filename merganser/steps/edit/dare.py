@@ -2,13 +2,13 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
-from torch.nn.functional import threshold
 
 from ..select import l1_ratio, one_of
+
+SHARES = 1 << 16  # 16 random bits an entry
 
 
 def dare(
@@ -18,8 +18,9 @@ def dare(
 
         m ~ Bernoulli(keep),   delta' = m * delta / keep
 
-    The expectation of delta' is delta. An entry is kept where ``torch.rand(shape, generator=rng) >= 1 - keep``, so the
-    same seed drops the same entries as MergeLM and FusionBench do.
+    The expectation of delta' is delta: entries are kept with a probability of ``keep`` rounded to 1 / 65,536, and it is
+    that number which they are divided by. Four entries share one 64-bit number of the generator, a sixth of the time
+    that ``torch.rand`` takes; so pieces of a tensor throw the dice of the whole where they begin at multiples of four.
 
     keep      1 - p of the paper, which tunes p over 0.1 .. 0.9 and 0.99
     rescale   True: divide by ``keep`` (the paper); "l1": times |delta|_1 / |m delta|_1 of this tensor (mergekit; the
@@ -33,13 +34,21 @@ def dare(
     one_of("rescale", rescale, (True, False, "l1"))
     if keep == 1:
         return delta.clone()
-    uniform = torch.rand(delta.shape, generator=rng, device=rng.device)
-    dropped_up_to = float(np.nextafter(np.float32(1 - keep), np.float32(0)))
-    kept = threshold(uniform, dropped_up_to, 0, inplace=True).sign_().to(delta).mul_(delta)
+    shares = max(1, min(round(keep * SHARES), SHARES - 1))
+    kept = _thrown(delta, shares, rng).to(delta).mul_(delta)
     if rescale == "l1":
         ratio = l1_ratio(*(one.detach().abs().sum(dtype=torch.float64) for one in (delta, kept)))
         return kept * ratio
-    return kept.div_(keep) if rescale else kept
+    return kept.div_(shares / SHARES) if rescale else kept
+
+
+def _thrown(delta: Float[Tensor, "*shape"], shares: int, rng: Generator) -> Float[Tensor, "*shape"]:
+    """Return 1 with a probability of ``shares / SHARES`` for each entry, otherwise 0, in fp32."""
+    n = delta.numel()
+    words = torch.empty(-(-n // 4), dtype=torch.int64, device=rng.device).random_(-(1 << 63), None, generator=rng)
+    bits = words.view(torch.int16)[:n].reshape(delta.shape).float()
+    # arithmetic on floats is vectorised where comparisons are not: a quarter of the time
+    return bits.sub_(SHARES // 2 - shares - 1).relu_().sign_()
 
 
 def elementwise(*, rescale: bool | str = True, **_knobs: Any) -> bool:
