@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .models.heads import linear_head as linear_head
     from .models.heads import zero_shot_head as zero_shot_head
     from .models.open import open_encoder as open_encoder
+    from .models.statistics import reset_statistics as reset_statistics
     from .report.page import report as report
     from .run import run as run
     from .weights.open import open_weights as open_weights
@@ -44,6 +45,7 @@ _HOME = {
     "linear_head": "models.heads",
     "zero_shot_head": "models.heads",
     "open_encoder": "models.open",
+    "reset_statistics": "models.statistics",
     "report": "report.page",
     "run": "run",
     "open_weights": "weights.open",

@@ -272,7 +272,6 @@ def check_suite(
     from importlib import import_module
 
     from .errors import MissingExtra
-    from .evaluate.task import read_tasks
 
     found = Findings(plan={"suite": name, "into": str(into)})
     suite: Any = None
@@ -283,13 +282,11 @@ def check_suite(
                 if find_spec(package) is None:
                     raise MissingExtra(f"suite '{name}' ({package})", extra)
     experts: list[str] = []
-    if data is not None:
+    if data is not None and suite is not None:
         with found.gather("--data"):
-            experts = list(read_tasks(data))
-            if len(experts) < 2:
-                raise DataError(f"{data}: merging needs at least two tasks, found {len(experts)}; add another")
-        if not sorted(Path(data).glob("aux/*.txt*")):
-            found.error(f"{data}: no unlabeled sentences", "--data", "put them into aux/NAME.txt.gz", DataError)
+            experts = list(suite.SUITE.tasks(data))
+        with found.gather("--data"):
+            suite.SUITE.files(data)
     elif suite is not None:
         experts = list(suite.NAMES)
     sentences = list(how) if how else list(suite.SENTENCES) if suite is not None else []

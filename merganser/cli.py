@@ -444,7 +444,7 @@ def demo(to: To = Path("merganser-demo"), seed: Seed = 0, dry_run: DryRun = Fals
 @app.command()
 @guarded
 def bench(
-    name: Annotated[str, typer.Argument(help="The suite: text.")],
+    name: Annotated[str, typer.Argument(help="The suite: text, vision or domains.")],
     data: Annotated[Path, typer.Option(help="A folder of tasks (and aux/ with unlabeled inputs).")],
     how: Annotated[list[str] | None, typer.Option(help="A sentence to run; may be repeated.")] = None,
     to: To = Path("bench"),

@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .errors import SentenceError, WeightsError
+from .models.statistics import is_statistic
 from .parallel import in_order, one_thread_each
 from .progress import Progress, silent
 from .sentence import Sentence, Step, find, takes
@@ -33,7 +34,6 @@ from .weights.header import header, shape_of
 from .where import Where
 
 CUT = 1 << 17  # entries; a multiple of 16, so that a generator draws for cuts what it draws for the whole tensor
-STATISTICS = ("running_mean", "running_var")
 Surveys = Mapping[tuple[int, str], Any]
 
 
@@ -76,11 +76,6 @@ class Job:
     def sizes(self, names: Sequence[str]) -> list[int]:
         """Return the number of entries of each tensor."""
         return [math.prod(shape_of(self.base, name)) for name in names]
-
-
-def is_statistic(name: str) -> bool:
-    """Tell whether a tensor is a running statistic of batch norm, as torch names them."""
-    return name.endswith(STATISTICS)
 
 
 class Piece(NamedTuple):

@@ -1,7 +1,7 @@
 """From a recipe to things that run: encoder, weights, heads, tasks and inputs, all checked before any long work."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,16 @@ from torch import Tensor
 from .adapt import adapt_steps, check_fit, heads_digest, how_text
 from .card import digest, file_digest, key_of
 from .errors import DataError, HeadError, RecipeError, WeightsError, did_you_mean
-from .evaluate.run import Labelled
+from .evaluate.run import Labelled, Model, Scores, evaluate
 from .evaluate.task import Split, Task, read_task, read_unlabeled
 from .examine import asked_by, open_ingredients, try_out
 from .loop import is_float
 from .models.encoder import features
 from .models.heads import AnyHead, class_mean_head, linear_head, zero_shot_head
-from .models.inputs import digest_parts
+from .models.inputs import Subset, digest_parts
 from .models.open import open_encoder
 from .models.split import encoder_weights, split_head
+from .models.statistics import norms, reset_statistics
 from .progress import Progress, Tick, silent
 from .recipe import Recipe
 from .sentence import Sentence, parse
@@ -30,6 +31,8 @@ from .weights.open import matches, open_weights
 from .weights.renamed import Renamed
 from .weights.stored import Stored
 from .where import Where, for_sentence
+
+RESET_ON = 512  # inputs that batch norms are measured on after a merge
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,38 @@ class Prepared:
     val: dict[str, Labelled]
     test: dict[str, Labelled]
     inputs: Any
+    domains: dict[str, Labelled] = field(default_factory=dict)
+    parents: dict[str, str] = field(default_factory=dict)  # of a domain: the task whose head it is scored with
 
     @property
     def kind(self) -> str:
         return self.recipe.model.precision
+
+    @cached_property
+    def resets(self) -> bool:
+        """Tell whether batch norms are measured anew after a merge."""
+        told = self.recipe.model.statistics
+        return told == "reset" or (told == "auto" and self.inputs is not None and bool(norms(self.encoder)))
+
+    @cached_property
+    def some_inputs(self) -> Any:
+        """The unlabeled inputs that they are measured on, a random few."""
+        at = torch.randperm(len(self.inputs), generator=torch.Generator().manual_seed(self.recipe.seed))
+        return Subset(self.inputs, at[:RESET_ON])
+
+    def scored(self, weights: Mapping[str, Tensor], only: str | None = None) -> tuple[Scores, Scores | None]:
+        """Return the scores of weights on the test splits and in other domains; of ``only`` one task, if it is named."""
+        heads = {**self.heads, **{domain: self.heads[task] for domain, task in self.parents.items()}}
+        model = Model(self.encoder, weights, heads, self.kind)
+        test = {n: t for n, t in self.test.items() if only in (None, n)}
+        domains = {n: t for n, t in self.domains.items() if only in (None, self.parents[n])}
+        return evaluate(model, test), evaluate(model, domains) if domains else None
+
+    def finished(self, merged: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return merged weights as they are scored: with batch norms measured anew, where that is asked for."""
+        if not self.resets:
+            return merged
+        return reset_statistics(self.encoder, merged, self.some_inputs, kind=self.kind)
 
     @cached_property
     def digests(self) -> dict[str, str]:
@@ -66,11 +97,14 @@ class Prepared:
     def scored_on(self) -> str:
         """A key of everything but the weights that a score depends on: heads, encoder, labelled inputs, precision."""
         data = {}
-        for split, tasks in (("val", self.val), ("test", self.test)):
+        for split, tasks in (("val", self.val), ("test", self.test), ("domain", self.domains)):
             for name, task in tasks.items():
                 parts = {str(k): p for k, p in enumerate(digest_parts(task.inputs))}
                 data[f"{split}/{name}"] = [digest({**parts, "y": torch.from_numpy(task.labels)}), task.metric]
-        model = [encoder_key(self.recipe.model.encoder), self.recipe.model.options, self.kind]
+        model: list[Any] = [encoder_key(self.recipe.model.encoder), self.recipe.model.options, self.kind]
+        if self.resets:
+            parts = {str(k): part for k, part in enumerate(digest_parts(self.some_inputs))}
+            model.append({"statistics": digest(parts)})
         return key_of({"heads": self.heads_key, "data": data, "model": model})
 
     @cached_property
@@ -109,6 +143,7 @@ def _prepare(recipe: Recipe, tick: Tick) -> Prepared:
     tasks = open_tasks(recipe)
     raw = read_unlabeled(recipe.inputs.files, recipe.inputs.limit) if recipe.inputs else None
     splits = read_splits(recipe, tasks)
+    domains = open_domains(recipe)
     tick(1)
     encoder, base, experts, heads = open_models(recipe, whole, sources)
     experts = match(base, experts).experts
@@ -126,9 +161,25 @@ def _prepare(recipe: Recipe, tick: Tick) -> Prepared:
         for which, rows in splits.items()
     }
     check_fit(encoder, base, heads, next(iter(ready["test"].values())).inputs)
+    shifted = {n: t.split("test").first(recipe.limits.test) for n, t in domains.items()}
+    elsewhere = {n: Labelled(encoder.prepare(s.raw), s.labels, domains[n].metric) for n, s in shifted.items()}
+    parents = {name: str(task.shift_of) for name, task in domains.items()}
     left_out = [name for name in whole if name not in base]
     return Prepared(
-        recipe, sentences, encoder, whole, left_out, base, experts, tasks, heads, ready["val"], ready["test"], inputs
+        recipe,
+        sentences,
+        encoder,
+        whole,
+        left_out,
+        base,
+        experts,
+        tasks,
+        heads,
+        ready["val"],
+        ready["test"],
+        inputs,
+        elsewhere,
+        parents,
     )
 
 
@@ -152,6 +203,20 @@ def open_tasks(recipe: Recipe) -> dict[str, Task]:
             f"name it under [tasks]"
         )
     return {name: read_task(recipe.tasks[name]) for name in recipe.experts}
+
+
+def open_domains(recipe: Recipe) -> dict[str, Task]:
+    """Return the tasks of other domains. Raises RecipeError where one has another name, or is of no task of the recipe."""
+    domains = {name: read_task(folder) for name, folder in recipe.domains.items()}
+    for name, task in domains.items():
+        if task.shift_of not in recipe.experts:
+            raise RecipeError(
+                f"domain '{name}' is a shift of {task.shift_of!r}, which is no task here: set shift_of in "
+                f"{recipe.domains[name] / 'task.toml'} to one of {', '.join(recipe.experts)}"
+            )
+        if name in recipe.experts:
+            raise RecipeError(f"'{name}' is both a task and a domain; give the domain another name")
+    return domains
 
 
 def read_splits(recipe: Recipe, tasks: Mapping[str, Task]) -> dict[str, dict[str, Split]]:
@@ -201,6 +266,10 @@ def _of(name: str, weights: Mapping[str, Tensor], encoder: Any) -> Mapping[str, 
 def check_sentences(recipe: Recipe) -> list[Sentence]:
     """Return the recipe's sentences, parsed and tried out with as many experts as it has."""
     sentences = [parse(text) for text in recipe.sentences]
+    if recipe.model.statistics == "reset" and recipe.inputs is None:
+        raise RecipeError(
+            '[model] statistics = "reset" measures on unlabeled inputs, but the recipe has no [inputs] files'
+        )
     for sentence in sentences:
         if sentence.adapt:
             adapt_steps(how_text(sentence.adapt))

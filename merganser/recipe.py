@@ -15,6 +15,9 @@ sst2 = "models/sst2"
 [tasks]                           # a folder each, or folder = "tasks" for all that lie in one
 sst2 = "tasks/sst2"
 
+[domains]                         # tasks of other domains (shift_of = "sst2" in their task.toml): scored, never tuned on
+yelp = "tasks/shift/sst2_yelp"
+
 [inputs]                          # unlabeled
 files = ["inputs/sentences.txt.gz"]
 
@@ -43,11 +46,16 @@ class _Part(BaseModel):
 
 
 class ModelPart(_Part):
-    """The network: where the base lies and how it is called. ``options`` go to the encoder's factory."""
+    """The network: where the base lies and how it is called. ``options`` go to the encoder's factory.
+
+    ``statistics``: whether batch norm's running statistics are measured anew on the unlabeled inputs after each merge
+    ("reset") or are the mean of the experts' ("merged"); "auto" resets them where there are batch norms and inputs.
+    """
 
     base: Path
     encoder: str = "text"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    statistics: Literal["auto", "merged", "reset"] = "auto"
     options: dict[str, Any] = {}
 
 
@@ -90,6 +98,7 @@ class Recipe(_Part):
     model: ModelPart
     experts: dict[str, Path] = Field(min_length=1)
     tasks: dict[str, Path]
+    domains: dict[str, Path] = {}
     heads: HeadsPart = HeadsPart()
     inputs: InputsPart | None = None
     where: dict[str, dict[str, dict[str, Any]]] = {}
@@ -139,6 +148,7 @@ def _with_paths(recipe: Recipe, change: Callable[[Path], Path]) -> Recipe:
             "model": recipe.model.model_copy(update={"base": change(recipe.model.base)}),
             "experts": {name: change(path) for name, path in recipe.experts.items()},
             "tasks": {name: change(path) for name, path in recipe.tasks.items()},
+            "domains": {name: change(path) for name, path in recipe.domains.items()},
             "ingredients": {name: change(path) for name, path in recipe.ingredients.items()},
             "heads": recipe.heads.model_copy(update={"file": file and change(file)}),
             "inputs": inputs and inputs.model_copy(update={"files": [change(path) for path in inputs.files]}),

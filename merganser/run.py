@@ -22,16 +22,17 @@ from .adapt import adapt, how_text
 from .card import file_digests, key_of, read_card, read_json, versions, write_json
 from .diagnose.interference import diagnose
 from .errors import MissingExtra
-from .evaluate.run import Model, evaluate
 from .evaluate.table import Row, overall_gain, read_rows, table, write_rows
 from .examine import asked_by
 from .loop import applied
 from .merge import merge
+from .models.statistics import is_statistic
 from .prepare import Prepared, prepare
 from .progress import Progress, silent
 from .recipe import Recipe, made_relative, read_recipe, to_toml
 from .sentence import Sentence, parse
 from .sweep import best_row, delta_of, score_experts, score_sentence
+from .weights.header import Picked
 from .where import for_sentence
 
 
@@ -85,6 +86,7 @@ def run(recipe: "Recipe | str | Path", to: str | Path = "run", *, progress: Prog
     experts = {"": ready.experts, **adapt_all(ready, folder, stages)}
     rows = score_all(ready, experts, stages)
     base, own = score_ends(ready, stages)
+    shifts = [row.in_domains() for row in (base, own, *rows)] if ready.domains else []
     diagnosis = diagnose_all(ready, experts, rows, stages)
     keep_best(ready, experts, rows, stages)
     xi = {entry["sentence"]: entry["sum"] for entry in diagnosis["xi"]}
@@ -96,7 +98,8 @@ def run(recipe: "Recipe | str | Path", to: str | Path = "run", *, progress: Prog
         "command": recipe.command or "merganser run recipe.toml",
         "tasks": _tasks(ready),
         "adapted": {how: f"adapted/{slug(how)}" for how in experts if how},
-        **table(base, own, rows, xi),
+        **table(base.scores, own.scores, rows, xi),
+        **({"domains": domains_table(ready, shifts)} if shifts else {}),
         "overall": {name: overall_gain(rows, tuned) for name, tuned in (("tuned", True), ("default", False))},
     }
     write_json(folder / "scores.json", told)
@@ -159,16 +162,28 @@ def score_all(ready: Prepared, experts: Mapping[str, Any], stages: _Stages) -> l
     return rows
 
 
-def score_ends(ready: Prepared, stages: _Stages) -> tuple[Any, Any]:
-    """Return the scores of the base on all tasks and of each expert on its own."""
+def domains_table(ready: Prepared, rows: list[Row]) -> dict[str, Any]:
+    """Return the results in other domains in the form of the results themselves; the first rows are base and experts."""
+    base, experts, *merged = rows
+    told = [
+        {"name": name, "of": ready.parents[name], "test": len(task), "metric": task.metric}
+        for name, task in ready.domains.items()
+    ]
+    overall = {name: overall_gain(merged, tuned) for name, tuned in (("tuned", True), ("default", False))}
+    return {"tasks": told, **table(base.scores, experts.scores, merged, {}), "curves": [], "overall": overall}
+
+
+def score_ends(ready: Prepared, stages: _Stages) -> tuple[Row, Row]:
+    """Return what the base scores on all tasks and each expert on its own."""
     key = {"scored_on": ready.scored_on, "digests": ready.digests}
 
     def ends() -> list[Row]:
-        base = evaluate(Model(ready.encoder, ready.base, ready.heads, ready.kind), ready.test)
-        return [Row("base", base), Row("experts", score_experts(ready, ready.experts))]
+        base, elsewhere = ready.scored(ready.base)
+        own, domains = score_experts(ready, ready.experts)
+        return [Row("base", base, domains=elsewhere), Row("experts", own, domains=domains)]
 
     base, experts = stages.rows("base and experts", key, ends)
-    return base.scores, experts.scores
+    return base, experts
 
 
 def diagnose_all(ready: Prepared, experts: Mapping[str, Any], rows: list[Row], stages: _Stages) -> dict[str, Any]:
@@ -229,16 +244,23 @@ def keep_best(ready: Prepared, experts: Mapping[str, Any], rows: list[Row], stag
     how = how_text(best.adapt)
     folder = stages.folder / "merged"
     sources = {**_keys(ready, experts[how]), "sentence": str(best), "seed": ready.recipe.seed, **_given(ready, best)}
+    if ready.resets:
+        sources["scored_on"] = ready.scored_on
     found = read_json(folder / "card.json")
     if found is not None and found.get("sources") == sources:
         stages.note(f"write {best}", started, reused=True)
         return
+    origin, own = ready.whole, ready.left_out
+    if ready.resets:
+        measured = {n: t for n, t in _merged(ready, experts[how], best).items() if is_statistic(n)}
+        origin = Picked({n: (measured if n in measured else ready.whole, n) for n in ready.whole}, ready.whole)
+        own = [*own, *measured]
     merge(
-        ready.whole,
+        origin,
         experts[how],
         best.merging,
         into=folder,
-        own=ready.left_out,
+        own=own,
         seed=ready.recipe.seed,
         where=for_sentence(ready.recipe.where, best.merging),
         ingredients=asked_by(best.merging, ready.recipe.ingredients),
@@ -262,9 +284,9 @@ def slug(text: str) -> str:
     return name if len(name) <= 80 else f"{name[:71]}-{key_of(text)[:8]}"
 
 
-def _merged(ready: Prepared, experts: Mapping[str, Any], sentence: Sentence) -> dict[str, Tensor]:
+def _merged(ready: Prepared, experts: Mapping[str, Any], sentence: Sentence) -> Mapping[str, Tensor]:
     delta = delta_of(ready, sentence, experts)
-    return {n: applied(t, delta[n]) if n in delta else t for n, t in ready.base.items()}
+    return ready.finished({n: applied(t, delta[n]) if n in delta else t for n, t in ready.base.items()})
 
 
 def _keys(ready: Prepared, experts: Mapping[str, Any]) -> dict[str, Any]:

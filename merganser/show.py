@@ -83,6 +83,9 @@ def show_table(scores: Mapping[str, Any]) -> None:
     for gain in scores["gains"]:
         if gain["tuned"] or not any(g["tuned"] and g["merge"] == gain["merge"] for g in scores["gains"]):
             console.print(_gain(gain, rows), highlight=False, markup=False, soft_wrap=True)
+    if domains := scores.get("domains"):
+        title = f"{scores['title']}, other domains"
+        show_table({**domains, "title": title})
     if overall := scores.get("overall", {}).get("tuned"):
         console.print(f"mean gain at tuned scales: {points(overall)}", highlight=False, markup=False, soft_wrap=True)
     if overall := scores.get("overall", {}).get("default"):

@@ -13,7 +13,8 @@ from torch import Tensor
 from .evaluate.run import Model, Scores, evaluate
 from .evaluate.table import Row
 from .examine import asked_by, open_ingredients
-from .loop import applied, is_statistic, merged_deltas
+from .loop import applied, merged_deltas
+from .models.statistics import is_statistic
 from .prepare import Prepared
 from .progress import Progress, silent
 from .sentence import Sentence, Step, find
@@ -62,23 +63,27 @@ def score_sentence(
     points: list[dict[str, float]] = []
     with progress(f"score {sentence}", len(scales) + 2) as tick:
         for by in scales:
-            points.append({"scale": by, "val": scores_at(ready, delta, by, "val").mean})
+            model = Model(ready.encoder, merged_at(ready, delta, by), ready.heads, ready.kind)
+            points.append({"scale": by, "val": evaluate(model, ready.val).mean})
             tick(1, scale=by, val=points[-1]["val"])
             if not ready.recipe.all_scales and is_past(points):
                 tick(len(scales) - len(points))
                 break
         best = max(points, key=lambda p: p["val"]) if points else None
-        test = {scaled.written: scores_at(ready, delta, scaled.written, "test")}
+        test = {scaled.written: ready.scored(merged_at(ready, delta, scaled.written))}
         tick(1)
         if best is not None and best["scale"] not in test:
-            test[best["scale"]] = scores_at(ready, delta, best["scale"], "test")
+            test[best["scale"]] = ready.scored(merged_at(ready, delta, best["scale"]))
     seconds = round(time.monotonic() - started, 3)
     merging = str(scaled.sentence.merging)
     adapted = " | ".join(map(str, sentence.adapt)) or None
-    rows = [Row(str(sentence), test[scaled.written], merging, adapted, scaled.written, False, None, [], seconds)]
+    scores, domains = test[scaled.written]
+    rows = [Row(str(sentence), scores, merging, adapted, scaled.written, False, None, [], seconds, domains)]
     if best is not None:
         by = best["scale"]
-        rows.append(Row(str(scaled.at(by)), test[by], merging, adapted, by, True, best["val"], points, seconds))
+        scores, domains = test[by]
+        tuned = Row(str(scaled.at(by)), scores, merging, adapted, by, True, best["val"], points, seconds, domains)
+        rows.append(tuned)
     return rows
 
 
@@ -100,21 +105,21 @@ def is_past(points: Sequence[Mapping[str, float]], patience: int = 3) -> bool:
     return len(points) > patience and all(p["val"] < best - 0.02 for p in points[-patience:])
 
 
-def scores_at(ready: Prepared, delta: Mapping[str, Tensor], by: float, split: str) -> Scores:
-    """Return the scores of ``base + by * delta`` on a split."""
+def merged_at(ready: Prepared, delta: Mapping[str, Tensor], by: float) -> Mapping[str, Tensor]:
+    """Return ``base + by * delta``, as it is scored."""
     merged = {
         n: applied(t, delta[n] * (1 if is_statistic(n) else by)) if n in delta else t for n, t in ready.base.items()
     }
-    return evaluate(Model(ready.encoder, merged, ready.heads, ready.kind), getattr(ready, split))
+    return ready.finished(merged)
 
 
-def score_experts(ready: Prepared, experts: Mapping[str, Mapping[str, Tensor]], split: str = "test") -> Scores:
-    """Return each expert's score on its own task."""
-    scores = Scores()
+def score_experts(ready: Prepared, experts: Mapping[str, Mapping[str, Tensor]]) -> tuple[Scores, Scores | None]:
+    """Return each expert's score on its own task, and in the other domains of that task."""
+    scores, elsewhere = Scores(), Scores()
     for name, weights in experts.items():
-        own = {name: getattr(ready, split)[name]}
-        scores = scores | evaluate(Model(ready.encoder, weights, ready.heads, ready.kind), own)
-    return scores
+        own, domains = ready.scored(weights, name)
+        scores, elsewhere = scores | own, elsewhere | (domains or Scores())
+    return scores, Scores({name: elsewhere[name] for name in ready.domains}) if ready.domains else None
 
 
 def best_row(rows: Sequence[Row]) -> Row:

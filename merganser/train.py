@@ -137,20 +137,23 @@ def train(
     order: Callable[[int], Int[Tensor, "batch"]],
     plan: Plan,
     *,
+    buffers: Mapping[str, Tensor] | None = None,
     held_out: HeldOut | None = None,
     checkpoint: Checkpoint | None = None,
     tick: Tick = lambda _advance=1, **_terms: None,
 ) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     """Minimise ``loss`` over ``params`` (fp32 leaves, changed in place); return the best tensors and the history.
 
-    ``loss(indices)`` returns the loss and its terms. ``held_out()`` returns terms with a ``loss``: the tensors with the
-    lowest one are returned, and after ``plan.patience`` checks without a new lowest (0: never) the run stops.
+    ``loss(indices)`` returns the loss and its terms, and may change ``buffers`` in place: checkpoints keep them too.
+    ``held_out()`` returns terms with a ``loss``: the tensors with the lowest one are returned, and after
+    ``plan.patience`` checks without a new lowest (0: never) the run stops.
     """
     names = list(params)
     for tensor in params.values():
         tensor.requires_grad_(True)
     optimiser = torch.optim.AdamW(list(params.values()), lr=plan.lr, weight_decay=plan.weight_decay, fused=True)
-    run, best = _take_up(params, optimiser, checkpoint)
+    buffers = buffers or {}
+    run, best = _take_up(params, buffers, optimiser, checkpoint)
     if run.step:
         tick(run.step)
     while True:
@@ -171,7 +174,7 @@ def train(
         run.history.append({"step": run.step, "steps": plan.steps, **shown})
         tick(1, **shown)
         if checkpoint is not None and checkpoint.due():
-            _write(checkpoint, run, params, optimiser, best, names)
+            _write(checkpoint, run, params, buffers, optimiser, best, names)
     chosen = best if best is not None and run.best_step != run.step else {n: params[n].detach() for n in names}
     return {n: t.detach() for n, t in chosen.items()}, run.history
 
@@ -202,6 +205,7 @@ def _write(
     checkpoint: Checkpoint,
     run: _Run,
     params: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
     optimiser: torch.optim.Optimizer,
     best: dict[str, Tensor] | None,
     names: list[str],
@@ -211,11 +215,15 @@ def _write(
         state = optimiser.state[params[name]]
         tensors |= {f"{k}/{name}": state[k] for k in ("exp_avg", "exp_avg_sq", "step") if k in state}
     tensors |= {f"best/{n}": t for n, t in (best or {}).items()}
+    tensors |= {f"buffer/{n}": t for n, t in buffers.items()}
     checkpoint.write(tensors, run.__dict__)
 
 
 def _take_up(
-    params: Mapping[str, Tensor], optimiser: torch.optim.Optimizer, checkpoint: Checkpoint | None
+    params: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    optimiser: torch.optim.Optimizer,
+    checkpoint: Checkpoint | None,
 ) -> tuple[_Run, dict[str, Tensor] | None]:
     found = checkpoint.read() if checkpoint is not None else None
     if found is None:
@@ -225,5 +233,7 @@ def _take_up(
         for name, tensor in params.items():
             tensor.copy_(tensors[f"now/{name}"])
             optimiser.state[tensor] = {k: tensors[f"{k}/{name}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+        for name, tensor in buffers.items():
+            tensor.copy_(tensors[f"buffer/{name}"])
     best = {n: tensors[f"best/{n}"] for n in params if f"best/{n}" in tensors}
     return _Run(**state), best or None

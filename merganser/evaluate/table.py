@@ -1,7 +1,7 @@
 """The results file: what base, experts and every sentence scored, with intervals and paired gains (``scores.json``)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,19 @@ class Row:
     val: float | None = None
     points: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
+    domains: Scores | None = None
+
+    def in_domains(self) -> "Row":
+        """Return the row with what it scored in other domains in place of its scores."""
+        return replace(self, scores=self.domains or Scores(), domains=None)
 
 
 def write_rows(path: Path, key: str, rows: Sequence[Row]) -> None:
     """Write rows with every prediction, so that any later comparison can be paired."""
-    write_json(path, {"key": key, "rows": [{**row.__dict__, "scores": _dump(row.scores)} for row in rows]})
+    told = [
+        {**row.__dict__, "scores": _dump(row.scores), "domains": row.domains and _dump(row.domains)} for row in rows
+    ]
+    write_json(path, {"key": key, "rows": told})
 
 
 def read_rows(path: Path, key: str) -> list[Row] | None:
@@ -37,7 +45,10 @@ def read_rows(path: Path, key: str) -> list[Row] | None:
     told = read_json(path)
     if told is None or told.get("key") != key:
         return None
-    return [Row(**{**row, "scores": _load(row["scores"])}) for row in told["rows"]]
+    return [
+        Row(**{**row, "scores": _load(row["scores"]), "domains": _load(row["domains"]) if row.get("domains") else None})
+        for row in told["rows"]
+    ]
 
 
 def _dump(scores: Scores) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import numpy as np
 from ..errors import DataError, MissingExtra, did_you_mean
 from .metrics import METRICS
 
+KINDS = {"vision": "image"}  # what else a kind is called
 SUFFIXES = (".jsonl.gz", ".jsonl", ".npz", ".parquet")
 
 
@@ -37,7 +38,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Task:
-    """What a task is: its classes as phrases, its prompt templates, its metric and its splits, read on touch."""
+    """What a task is: its classes as phrases, its prompt templates, its metric and its splits, read on touch.
+
+    ``shift_of``: the task whose classes and head apply, where this is the same task in another domain (test only).
+    """
 
     name: str
     kind: str
@@ -45,6 +49,7 @@ class Task:
     template: Sequence[str] = ("{}",)
     metric: str = "accuracy"
     splits: Mapping[str, Split | Path] = field(default_factory=dict)
+    shift_of: str | None = None
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
@@ -85,11 +90,12 @@ def read_task(folder: str | Path) -> Task:
     template = told.get("template", "{}")
     return Task(
         told["name"],
-        told["kind"],
+        KINDS.get(told["kind"], told["kind"]),
         told["classes"],
         [template] if isinstance(template, str) else template,
         told.get("metric", "accuracy"),
         _files(folder),
+        told.get("shift_of"),
     )
 
 

@@ -35,6 +35,7 @@ class Score(Said):
 class Task(Said):
     name: str
     title: str | None = None
+    of: str | None = None
     classes: int | None = None
     test: int | None = None
     metric: str = "accuracy"
@@ -92,7 +93,7 @@ class Curve(Said):
 
 
 class Scores(Said):
-    version: int
+    version: int = VERSION
     title: str = "merganser"
     date: str = ""
     seed: int | None = None
@@ -105,6 +106,7 @@ class Scores(Said):
     curves: list[Curve] = []
     adapted: dict[str, str] = {}
     overall: dict[str, Score | None] = {}
+    domains: "Scores | None" = None
 
     @model_validator(mode="after")
     def _gains_point_at_rows(self) -> "Scores":

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from . import charts, words
-from .folder import Curve, Drift, Gain, Matrix, Row, Run, Score, Xi
+from .folder import Curve, Drift, Gain, Matrix, Row, Run, Score, Scores, Xi
 from .words import interval, nats, percent, signed
 
 View = dict[str, Any]
@@ -23,7 +23,7 @@ def run_view(run: Run, prefix: str) -> View:
         "prefix": prefix, "name": run.name, "title": scores.title, "date": scores.date, "seed": scores.seed,
         "command": scores.command, "metric": metric(run), "n_tasks": len(scores.tasks),
         "headline": headline(run), "tiles": tiles(run),
-        "tables": [table for tuned in (True, False) if (table := score_table(run, tuned, titles))],
+        "tables": tables(scores, titles), "domains": domains_view(run, titles),
         "drift": drift_view(run, titles), "xi": xi_view(run, titles, prefix),
         "training": training_view(run, titles, prefix), "scales": scales_view(run, prefix),
         "recipe": run.recipe, "ran": ran_view(run),
@@ -150,9 +150,27 @@ def _xi_of(run: Run, row: Row | None) -> float:
     return diagnosed.get(row.sentence, row.xi)
 
 
-def score_table(run: Run, tuned: bool, titles: dict[str, str]) -> View | None:
+def tables(scores: Scores, titles: dict[str, str]) -> list[View]:
+    """The scores with tuned scales and as written."""
+    return [table for tuned in (True, False) if (table := score_table(scores, tuned, titles))]
+
+
+def domains_view(run: Run, titles: dict[str, str]) -> View | None:
+    """The same tasks in other domains, in the tables of the tasks themselves, and what adapting gained there."""
+    there = run.scores.domains
+    if there is None:
+        return None
+    of = {task.name: titles.get(task.of or "", task.of or "") for task in there.tasks}
+    names = {task.name: task.title or task.name for task in there.tasks}
+    overall = there.overall.get("tuned") or there.overall.get("default")
+    return {
+        "tables": tables(there, names), "of": sorted(set(of.values())), "count": len(names),
+        "overall": words.overall(there.overall) if overall else "",
+    }  # fmt: skip
+
+
+def score_table(scores: Scores, tuned: bool, titles: dict[str, str]) -> View | None:
     """One row a sentence, the one with adapted experts under the one without, best of each column marked."""
-    scores = run.scores
     rows = [(index, row) for index, row in enumerate(scores.rows) if row.tuned == tuned]
     if not rows:
         return None
@@ -168,7 +186,8 @@ def score_table(run: Run, tuned: bool, titles: dict[str, str]) -> View | None:
     _mark_best([line["cells"] for group in groups for line in group])
     columns = [{"title": "mean"}, {"title": "gain", "note": "by adapting"}]
     columns += [
-        {"title": titles[task.name], "note": f"{task.classes} classes" if task.classes else "",
+        {"title": titles[task.name],
+         "note": f"of {task.of}" if task.of else f"{task.classes} classes" if task.classes else "",
          "tip": f"{titles[task.name]}: {task.test} test examples" if task.test else ""}
         for task in scores.tasks
     ]  # fmt: skip

@@ -1,3 +1,3 @@
 """Reproducible experiments on real tasks; each suite makes a recipe and hands it to `merganser.run`."""
 
-SUITES = ("text",)
+SUITES = ("text", "vision", "domains")

@@ -285,7 +285,7 @@ def test_a_run_killed_for_real_goes_on_to_the_same_numbers(user, done, tmp_path)
 
 def test_several_seeds_are_compared_on_one_page(user, tmp_path):
     from merganser.progress import silent
-    from merganser.suites.text import run_seeds
+    from merganser.suites.suite import run_seeds
 
     page = run_seeds(read_recipe(user / "recipe.toml"), tmp_path / "out", 2, silent)
     assert page == tmp_path / "out" / "report.html"
@@ -297,3 +297,36 @@ def test_several_seeds_are_compared_on_one_page(user, tmp_path):
     assert "seed-0" in page.read_text()
     assert "seed-1" in page.read_text()
     assert len(adapted[0]) == len(adapted[1]) == 2
+
+
+def test_other_domains_are_scored_with_the_head_of_their_task(user, tmp_path):
+    """A domain that is a copy of a task's own test split scores what the task scores, row for row."""
+    folder = copied(user, tmp_path)
+    shift = folder / "shift" / "again"
+    shift.mkdir(parents=True)
+    told = (folder / "tasks" / "spots" / "task.toml").read_text().replace('name = "spots"', 'name = "again"')
+    (shift / "task.toml").write_text(told + 'shift_of = "spots"\n')
+    shutil.copy(folder / "tasks" / "spots" / "test.npz", shift / "test.npz")
+    recipe = folder / "recipe.toml"
+    recipe.write_text(recipe.read_text() + '\n[domains]\nagain = "shift/again"\n')
+    result = call("run", recipe, "--to", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    scores = json.loads(result.stdout)["scores"]
+    domains = scores["domains"]
+    assert domains["tasks"] == [
+        {"name": "again", "of": "spots", "test": scores["tasks"][1]["test"], "metric": "accuracy"}
+    ]
+    assert len(domains["rows"]) == len(scores["rows"])
+    here = [scores["base"], scores["experts"], *scores["rows"]]
+    there = [domains["base"], domains["experts"], *domains["rows"]]
+    for one, other in zip(here, there, strict=True):
+        assert other["tasks"]["again"]["score"] == one["tasks"]["spots"]["score"] == other["mean"]["score"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "The same tasks in other domains" in page
+    assert "of spots" in page
+    again = json.loads(call("run", recipe, "--to", tmp_path / "out", "--json").stdout)
+    assert again["scores"]["domains"] == domains
+    (shift / "task.toml").write_text(told + 'shift_of = "dots"\n')
+    wrong = call("run", recipe, "--to", tmp_path / "out")
+    assert wrong.exit_code == 1
+    assert "shift of 'dots'" in wrong.output.replace("\n", " ")

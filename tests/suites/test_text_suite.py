@@ -2,14 +2,16 @@
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from merganser.errors import DataError
 from merganser.evaluate.task import read_tasks, read_unlabeled
-from merganser.suites import text
+from merganser.suites import domains, text
 from merganser.suites.minilm import minilm_archive
+from merganser.suites.suite import bench, shortened
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "text"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the suite's data folder is not beside the project")
@@ -47,17 +49,16 @@ def piece(folder: Path) -> Path:
 @needs_minilm
 def test_a_small_piece_runs_from_tasks_to_report(tmp_path, monkeypatch):
     monkeypatch.setenv("MERGANSER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(text, "STEPS", 6)
-    monkeypatch.setattr(text, "SCALES", [0.5, 1.0])
+    short = shortened(text.SUITE, steps=6, scales=[0.5, 1.0])
     data = piece(tmp_path / "data")
     how = ["task_arithmetic", "ri(steps=6, batch=16, lr=5e-5) | task_arithmetic"]
-    first = text.bench(data, tmp_path / "out", how=how)
+    first = bench(short, data, tmp_path / "out", how=how)
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert first.exists()
     assert scores["experts"]["mean"]["score"] > scores["base"]["mean"]["score"]
     assert len(scores["gains"]) == 2
     experts = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("model.safetensors")}
-    text.bench(data, tmp_path / "out", how=how)
+    bench(short, data, tmp_path / "out", how=how)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("model.safetensors")} == experts
     stages = json.loads((tmp_path / "out" / "run.json").read_text())["stages"]
     assert all(stage["reused"] for stage in stages)
@@ -66,6 +67,25 @@ def test_a_small_piece_runs_from_tasks_to_report(tmp_path, monkeypatch):
     model = transformers.AutoModel.from_pretrained(tmp_path / "out" / "merged", local_files_only=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out" / "merged", local_files_only=True)
     assert model(**tokenizer(["a film"], return_tensors="pt")).last_hidden_state.shape[2] == 384
+
+
+@needs_data
+@needs_minilm
+def test_domains_are_those_of_the_tasks(tmp_path, monkeypatch):
+    monkeypatch.setenv("MERGANSER_CACHE", str(tmp_path / "cache"))
+    data = piece(tmp_path / "data")
+    with pytest.raises(DataError, match="no test set of another domain"):
+        domains.bench(data, tmp_path / "out")
+    for name in ("sst2_yelp", "agnews_bbc"):
+        (data / "shift" / name).mkdir(parents=True)
+        for file in ("task.toml", "test.jsonl.gz"):
+            shutil.copy(DATA / "shift" / name / file, data / "shift" / name / file)
+    monkeypatch.setattr(text, "SUITE", shortened(text.SUITE, steps=4, scales=[]))
+    domains.bench(data, tmp_path / "out", how=["average"])
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert [(task["name"], task["of"]) for task in scores["domains"]["tasks"]] == [("sst2_yelp", "sst2")]
+    assert scores["command"] == "merganser bench domains --data data"
+    assert 0.5 < scores["domains"]["experts"]["mean"]["score"] < 1
 
 
 def test_wrong_data_is_told_before_any_training(tmp_path):

@@ -12,6 +12,7 @@ from ...errors import HeadError
 from ...models.encoder import bound, features, precision
 from ...models.heads import AnyHead, Stacked, check_width
 from ...models.inputs import Subset, take
+from ...models.statistics import is_statistic
 from ...progress import Tick
 from ...train import Checkpoint, Order, Plan, train, write_log
 
@@ -48,9 +49,10 @@ def ri(
 
     ``d``: "kl" is KL(target || student); "ce" is cross-entropy against the target's most likely class (against its
     probabilities it would have KL's gradient); "mse" is the mean squared difference of logits. Only tensors that
-    fine-tuning moved are trained, so frozen embeddings stay frozen. The targets are computed once: a step costs one
-    forward and one backward of the student. A share ``held_out`` of the inputs (at most 256) is kept to tell when it has
-    stopped helping: training ends after ``patience`` checks without a new best, and the best weights are returned.
+    fine-tuning moved are trained, so frozen embeddings stay frozen; batch norms keep the expert's running statistics.
+    The targets are computed once: a step costs one forward and one backward of the student. A share ``held_out`` of
+    the inputs (at most 256) is kept to tell when it has stopped helping: training ends after ``patience`` checks without
+    a new best, and the best weights are returned.
 
     The paper's recipe for CLIP ViT-B/32 on ImageNet is steps=2500, lr=1e-6, batch=128, alpha=1, weight_decay=1e-4.
     Our defaults suit small text encoders; the grid we tried there: steps {100, 300}, lr {5e-5, 1e-4, 2e-4}.
@@ -78,7 +80,7 @@ def ri(
     names = [n for n in expert if n in base and expert[n].is_floating_point() and not torch.equal(expert[n], base[n])]
     fixed = bound(encoder, expert)
     prefix = getattr(encoder, "prefix", "")
-    params = {n: expert[n].detach().float().clone() for n in names if prefix + n in fixed}
+    params = {n: expert[n].detach().float().clone() for n in names if prefix + n in fixed and not is_statistic(n)}
     fixed = {n: t for n, t in fixed.items() if n.removeprefix(prefix) not in params}
     encoder.eval()
 

@@ -1,0 +1,68 @@
+"""The domains suite: experts of one domain, scored on the same classes in others (the ``shift`` folders of the data).
+
+    FOLDER/TASK/       the tasks of the text or of the vision suite, whichever the folder holds
+    FOLDER/shift/NAME/ test sets from elsewhere; shift_of in their task.toml names the task whose head applies
+
+Experts are those of the text or vision suite. Scales are chosen on the tasks' own validation splits.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+from ..evaluate.task import Task, read_task, read_tasks
+from ..progress import Progress, silent
+from . import suite, text, vision
+from .suite import Suite
+
+SENTENCES = text.SENTENCES
+PACKAGES = text.PACKAGES
+
+
+class _Either:
+    """The text suite or the vision suite, whichever reads the tasks of a folder."""
+
+    def of(self, data: str | Path) -> Suite:
+        kinds = {task.kind for task in read_tasks(data).values()}
+        return vision.SUITE if kinds == {"image"} else text.SUITE
+
+    def tasks(self, data: str | Path) -> Mapping[str, Task]:
+        """Return the tasks in ``data``; raise DataError where there are no other domains of them."""
+        tasks = self.of(data).tasks(data)
+        domains_of(data, tasks)
+        return tasks
+
+    def files(self, data: str | Path) -> Sequence[Path]:
+        return self.of(data).files(data)
+
+
+SUITE = _Either()
+
+
+def domains_of(data: str | Path, tasks: Mapping[str, Task]) -> dict[str, Path]:
+    """Return the folders of other domains of ``tasks``. Raises DataError if there are none."""
+    folders = sorted(path.parent for path in Path(data).glob("shift/*/task.toml"))
+    shifts = {folder: read_task(folder) for folder in folders}
+    names = {task.name: folder for folder, task in shifts.items() if task.shift_of in tasks}
+    if not names:
+        raise DataError(
+            f"{data}: no test set of another domain: shift/NAME/task.toml with shift_of = one of {', '.join(tasks)}"
+        )
+    return names
+
+
+def bench(
+    data: str | Path,
+    to: str | Path,
+    *,
+    how: Sequence[str] | None = None,
+    seeds: int = 1,
+    experts_only: bool = False,
+    progress: Progress = silent,
+) -> Path:
+    """Run sentences on the tasks in ``data`` that have other domains and on the others; score them there too."""
+    chosen = SUITE.of(data)
+    domains = domains_of(data, chosen.tasks(data))
+    how_given: Any = {"how": how, "seeds": seeds, "experts_only": experts_only, "progress": progress}
+    return suite.bench(chosen, data, to, domains=domains, **how_given)
