@@ -13,12 +13,13 @@ from torch import Tensor
 from .adapt import adapt_steps, check_fit, heads_digest, how_text
 from .card import digest, file_digest, key_of
 from .errors import DataError, HeadError, RecipeError, WeightsError, did_you_mean
+from .evaluate.joint import Union
 from .evaluate.run import Labelled, Model, Scores, evaluate
 from .evaluate.task import Split, Task, read_task, read_unlabeled
 from .examine import asked_by, open_ingredients, try_out
 from .loop import is_float
 from .models.encoder import features
-from .models.heads import AnyHead, class_mean_head, linear_head, zero_shot_head
+from .models.heads import AnyHead, Head, class_mean_head, linear_head, zero_shot_head
 from .models.inputs import Subset, digest_parts
 from .models.open import open_encoder
 from .models.split import encoder_weights, split_head
@@ -74,13 +75,20 @@ class Prepared:
         at = torch.randperm(len(self.inputs), generator=torch.Generator().manual_seed(self.recipe.seed))
         return Subset(self.inputs, at[:RESET_ON])
 
+    @cached_property
+    def union(self) -> Union | None:
+        """The classes of all tasks; None where a head has other rows than its task has classes."""
+        classes = {name: task.classes for name, task in self.tasks.items()}
+        rows = {name: len(head.weight) for name, head in self.heads.items() if isinstance(head, Head)}
+        return Union(self.heads, classes) if rows == {name: len(c) for name, c in classes.items()} else None
+
     def scored(self, weights: Mapping[str, Tensor], only: str | None = None) -> tuple[Scores, Scores | None]:
         """Return the scores of weights on the test splits and in other domains; of ``only`` one task, if it is named."""
         heads = {**self.heads, **{domain: self.heads[task] for domain, task in self.parents.items()}}
         model = Model(self.encoder, weights, heads, self.kind)
         test = {n: t for n, t in self.test.items() if only in (None, n)}
         domains = {n: t for n, t in self.domains.items() if only in (None, self.parents[n])}
-        return evaluate(model, test), evaluate(model, domains) if domains else None
+        return evaluate(model, test, union=self.union), evaluate(model, domains) if domains else None
 
     def finished(self, merged: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return merged weights as they are scored: with batch norms measured anew, where that is asked for."""

@@ -8,6 +8,7 @@ FOLDER/scores.json  diagnosis.json  run.json  report.html
 """
 
 import re
+import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -90,6 +91,9 @@ def run(recipe: "Recipe | str | Path", to: str | Path = "run", *, progress: Prog
     diagnosis = diagnose_all(ready, experts, rows, stages)
     keep_best(ready, experts, rows, stages)
     xi = {entry["sentence"]: entry["sum"] for entry in diagnosis["xi"]}
+    results = table(base.scores, own.scores, rows, xi)
+    for told_row, row in zip(results["rows"], rows, strict=True):
+        told_row["consumed"] = consumed(ready, row)
     told = {
         "version": 1,
         "title": recipe.title,
@@ -98,7 +102,7 @@ def run(recipe: "Recipe | str | Path", to: str | Path = "run", *, progress: Prog
         "command": recipe.command or "merganser run recipe.toml",
         "tasks": _tasks(ready),
         "adapted": {how: f"adapted/{slug(how)}" for how in experts if how},
-        **table(base.scores, own.scores, rows, xi),
+        **results,
         **({"domains": domains_table(ready, shifts)} if shifts else {}),
         "overall": {name: overall_gain(rows, tuned) for name, tuned in (("tuned", True), ("default", False))},
     }
@@ -113,6 +117,7 @@ def run(recipe: "Recipe | str | Path", to: str | Path = "run", *, progress: Prog
             "stages": stages.done,
             "seconds": seconds,
             "seconds_in_all": round(earlier + seconds, 3),
+            "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
             "versions": versions(),
             "inputs": ready.digests,
         },
@@ -160,6 +165,18 @@ def score_all(ready: Prepared, experts: Mapping[str, Any], stages: _Stages) -> l
         work = partial(score_sentence, ready, sentence, experts[how], progress=stages.progress)
         rows += stages.rows(str(sentence), key, work)
     return rows
+
+
+def consumed(ready: Prepared, row: Row) -> list[str]:
+    """Return what a row used beside the weights of base and experts."""
+    used = [f"{name} (ingredient)" for name in asked_by(parse(row.sentence), ready.recipe.ingredients)]
+    if row.adapt:
+        used.append("unlabeled inputs")
+    if ready.resets:
+        used.append("unlabeled inputs for batch norm")
+    if row.tuned:
+        used.append("validation labels")
+    return used
 
 
 def domains_table(ready: Prepared, rows: list[Row]) -> dict[str, Any]:

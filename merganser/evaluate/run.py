@@ -1,7 +1,7 @@
 """Score a model on tasks: every task with its own head, in one pass over its inputs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import HeadError
 from ..models.encoder import features
 from ..models.heads import AnyHead
+from .joint import Union, hits
 from .metrics import calibration_error, interval, mean_scores, score
 
 
@@ -37,12 +38,16 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a model said on one task: the class it predicts for every input, and how sure it is."""
+    """What a model said on one task: the class it predicts for every input, and how sure it is.
+
+    ``ranks``: how many classes of all tasks it puts before the right one (`joint.Union`), where that was asked for.
+    """
 
     labels: np.ndarray
     predictions: np.ndarray
     confidences: np.ndarray
     metric: str = "accuracy"
+    ranks: np.ndarray | None = None
 
     @property
     def score(self) -> float:
@@ -90,14 +95,27 @@ class Scores(Mapping[str, Outcome]):
 
     def gain(self, other: "Scores") -> tuple[float, float, float]:
         """Return this mean minus the other's with its paired 95 % interval: ``(gain, low, high)``."""
+        told = self.compared(other)
+        return told["score"], told["low"], told["high"]
+
+    def compared(self, other: "Scores") -> dict[str, float]:
+        """Return the gain over ``other`` with its paired interval and the p value of no difference (paired bootstrap)."""
         draws = means([other, self])
-        both = interval(draws[:, 1] - draws[:, 0])
-        return self.mean - other.mean, both["low"], both["high"]
+        difference = draws[:, 1] - draws[:, 0]
+        tail = min((difference <= 0).mean(), (difference >= 0).mean())
+        p = min(1.0, 2 * max(float(tail), 1 / len(difference)))
+        return {"score": self.mean - other.mean, **interval(difference), "p": p}
+
+    def hits(self) -> dict[str, dict[str, float]] | None:
+        """Return hits@k over the classes of all tasks (`joint.hits`), or None where they were not asked for."""
+        ranks = {task: o.ranks for task, o in self.outcomes.items() if o.ranks is not None}
+        return hits(ranks) if ranks and len(ranks) == len(self) else None
 
 
-def evaluate(model: Model, tasks: Mapping[str, Labelled], *, batch: int = 256) -> Scores:
+def evaluate(model: Model, tasks: Mapping[str, Labelled], *, union: Union | None = None, batch: int = 256) -> Scores:
     """Return the scores of ``model`` on ``tasks``, each with the head of its own name.
 
+    ``union``: also rank the right class among the classes of all tasks.
     Raises HeadError if a task has no head.
     """
     outcomes = {}
@@ -105,7 +123,8 @@ def evaluate(model: Model, tasks: Mapping[str, Labelled], *, batch: int = 256) -
         if name not in model.heads:
             raise HeadError(f"task '{name}' has no head of that name; heads: {', '.join(model.heads)}")
         x = features(model.encoder, model.weights, task.inputs, batch=batch, kind=model.kind)
-        outcomes[name] = outcome(model.heads[name](x), task)
+        said = outcome(model.heads[name](x), task)
+        outcomes[name] = replace(said, ranks=union.ranks(x, name, task.labels)) if union else said
     return Scores(outcomes)
 
 

@@ -58,18 +58,19 @@ def _dump(scores: Scores) -> dict[str, Any]:
             "labels": o.labels.tolist(),
             "predictions": o.predictions.tolist(),
             "confidences": [round(c, 4) for c in o.confidences.tolist()],
+            **({} if o.ranks is None else {"ranks": o.ranks.tolist()}),
         }
         for task, o in scores.items()
     }
 
 
 def _load(told: Mapping[str, Any]) -> Scores:
-    return Scores(
-        {
-            task: Outcome(np.array(o["labels"]), np.array(o["predictions"]), np.array(o["confidences"]), o["metric"])
-            for task, o in told.items()
-        }
-    )
+    found = {}
+    for task, o in told.items():
+        labels, predictions, confidences = (np.array(o[name]) for name in ("labels", "predictions", "confidences"))
+        ranks = np.array(o["ranks"]) if "ranks" in o else None
+        found[task] = Outcome(labels, predictions, confidences, o["metric"], ranks)
+    return Scores(found)
 
 
 def table(base: Scores, experts: Scores, rows: Sequence[Row], xi: Mapping[str, float]) -> dict[str, Any]:
@@ -111,6 +112,7 @@ def _row(row: Row, experts: Scores, xi: Mapping[str, float]) -> dict[str, Any]:
         "normalised": _normalised(row.scores, experts),
         "worst": {"task": worst, "score": row.scores[worst].score},
         "ece": row.scores.calibration_error,
+        "hits": row.scores.hits(),
         "xi": xi.get(row.sentence),
         "seconds": row.seconds,
     }
@@ -131,7 +133,7 @@ def gains(rows: Sequence[Row], experts: Scores) -> list[dict[str, Any]]:
     for b, with_ in enumerate(rows):
         for a, without in enumerate(rows):
             if with_.adapt and not without.adapt and (with_.merging, with_.tuned) == (without.merging, without.tuned):
-                gain, low, high = with_.scores.gain(without.scores)
+                gain = with_.scores.compared(without.scores)
                 lost = experts.mean - without.scores.mean
                 found.append(
                     {
@@ -140,8 +142,8 @@ def gains(rows: Sequence[Row], experts: Scores) -> list[dict[str, Any]]:
                         "tuned": with_.tuned,
                         "without": a,
                         "with": b,
-                        "gain": {"score": gain, "low": low, "high": high},
-                        "recovered": gain / lost if lost > 0 else None,
+                        "gain": gain,
+                        "recovered": gain["score"] / lost if lost > 0 else None,
                     }
                 )
     return found

@@ -65,6 +65,8 @@ class Row(Model):
     normalised: Score | None = None
     worst: Worst | None = None
     ece: Number = NAN
+    hits: dict[str, dict[str, Number]] | None = None
+    consumed: list[str] = []
     xi: Number = NAN
     seconds: Number = NAN
 

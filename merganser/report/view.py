@@ -192,8 +192,8 @@ def score_table(scores: Scores, tuned: bool, titles: dict[str, str]) -> View | N
         for task in scores.tasks
     ]  # fmt: skip
     columns += [
-        {"title": "normalised", "note": "% of expert"}, {"title": "worst task"}, {"title": "ξ", "note": "nats"},
-        {"title": "ECE", "note": "%"},
+        {"title": "normalised", "note": "% of expert"}, {"title": "worst task"},
+        {"title": "joint", "note": "hits@1, all classes"}, {"title": "ξ", "note": "nats"}, {"title": "ECE", "note": "%"},
     ]  # fmt: skip
     kept = [i for i in range(len(columns)) if any(line["cells"][i]["text"] for group in groups for line in group)]
     for group in groups:
@@ -203,7 +203,7 @@ def score_table(scores: Scores, tuned: bool, titles: dict[str, str]) -> View | N
     for name, model in (("base model", scores.base), ("experts, each on its own task", scores.experts)):
         cells = [_score_cell(model.mean, "mean"), _empty()]
         cells += [_score_cell(model.tasks.get(task), titles[task]) for task in titles]
-        cells += [_empty()] * 4
+        cells += [_empty()] * 5
         ends.append({"name": name, "cells": [cells[i] for i in kept]})
     return {"tuned": tuned, "columns": [columns[i] for i in kept], "groups": groups, "ends": ends, "count": len(rows)}
 
@@ -223,9 +223,18 @@ def _cells(row: Row, titles: dict[str, str], gain: Gain | None) -> list[View]:
         {"text": percent(worst.score), "sub": titles.get(worst.task, worst.task), "tip": "", "value": worst.score}
         if worst else _empty()
     )  # fmt: skip
+    cells.append(_hits_cell(row))
     cells.append({"text": nats(row.xi), "value": -row.xi, "tip": ""} if math.isfinite(row.xi) else _empty())
     cells.append({"text": percent(row.ece), "value": -row.ece, "tip": ""} if math.isfinite(row.ece) else _empty())
     return cells
+
+
+def _hits_cell(row: Row) -> View:
+    if not row.hits:
+        return _empty()
+    each = ", ".join(f"hits@{k} {percent(both['macro'])}" for k, both in row.hits.items())
+    first = row.hits["1"]["macro"]
+    return {"text": percent(first), "value": first, "tip": f"{each}; over all inputs {percent(row.hits['1']['micro'])}"}
 
 
 def _empty() -> View:
