@@ -50,7 +50,7 @@ def della(
     for at, order in _orders(rows.detach()):
         kept = (torch.rand(order.shape, generator=rng, device=rng.device).cpu() < share).float()
         factor[at : at + len(order)].scatter_(1, order, kept / share if rescale is True else kept)
-    sparse = delta * factor.reshape(delta.shape).to(delta)
+    sparse = factor.reshape(delta.shape).to(delta).mul_(delta)
     if rescale != "l1":
         return sparse
     return sparse * l1_ratio(*(one.detach().abs().sum(dtype=torch.float64) for one in (delta, sparse)))

@@ -1,0 +1,223 @@
+"""RECORDS.md and docs/results/ from results files: every number that is claimed comes from a file, by one command.
+
+    python bench/records.py                      write them again
+    python bench/records.py --check              exit with 1 if they are not what the results give
+    python bench/records.py --add RUN --as NAME  take a run's scores.json in as docs/results/NAME.json
+
+docs/results/records.toml lists the records: ``title``, ``kind`` ("suite": a run's scores.json, "speed": what
+merge_speed.py writes, "rows": a table in the file itself), ``file``, ``command``, ``about`` (before the tables) and
+``notes`` (after them).
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results"
+HEAD = """# Records
+
+Measured results, written by `python bench/records.py` from the files in docs/results. Intervals are 95 % bootstrap
+intervals over test examples, gains are paired; seeds are not in them.
+"""
+Told = dict[str, Any]
+
+
+def points(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def signed(value: float) -> str:
+    return f"{100 * value:+.1f}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def gain_of(told: Told | None) -> str:
+    return "–" if told is None else f"{signed(told['score'])} [{signed(told['low'])}, {signed(told['high'])}]"
+
+
+def pair_rows(scores: Told, tuned: bool) -> list[list[str]]:
+    """Return a line for each merger that was run with and without adapting."""
+    found = []
+    for gain in (g for g in scores["gains"] if g["tuned"] == tuned):
+        without, with_ = scores["rows"][gain["without"]], scores["rows"][gain["with"]]
+        xi = [row["xi"] for row in (without, with_)]
+        recovered = gain["recovered"]
+        found.append([
+            f"`{gain['merge']}`",
+            *(f"{points(row['mean']['score'])} (scale {row['scale']:g})" for row in (without, with_)),
+            gain_of(gain["gain"]),
+            "–" if recovered is None else f"{100 * recovered:.0f} %",
+            "–" if None in xi else f"{xi[0]:.2f} -> {xi[1]:.2f}",
+        ])  # fmt: skip
+    return found
+
+
+def other_rows(scores: Told, tuned: bool) -> list[list[str]]:
+    """Return a line for each row that stands alone."""
+    paired = {at for gain in scores["gains"] for at in (gain["without"], gain["with"])}
+    rows = [row for at, row in enumerate(scores["rows"]) if at not in paired and row["tuned"] == tuned]
+    return [[f"`{row['sentence']}`", points(row["mean"]["score"])] for row in rows]
+
+
+def suite(scores: Told) -> str:
+    parts = [f"Base {points(scores['base']['mean']['score'])}, experts {points(scores['experts']['mean']['score'])}."]
+    for tuned, name in ((True, "Scale chosen on validation:"), (False, "Scale as written:")):
+        rows = pair_rows(scores, tuned)
+        if rows:
+            overall = scores.get("overall", {}).get("tuned" if tuned else "default")
+            if overall:
+                rows.append(["mean", "", "", gain_of(overall), "", ""])
+            head = ["merger", "without", "with `ri`", "gain, points [95 % interval]", "recovered", "xi without -> with"]
+            parts += [name, table(head, rows)]
+        if alone := other_rows(scores, tuned):
+            parts += ["" if rows else name, table(["sentence", "mean"], alone)]
+    if there := scores.get("domains"):
+        parts += ["In other domains:", domains(there)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def domains(there: Told) -> str:
+    names = [task["name"] for task in there["tasks"]]
+    chosen = [row for row in there["rows"] if row["tuned"]] or there["rows"]
+    rows = [
+        [f"`{row['sentence']}`", *(points(row["tasks"][n]["score"]) for n in names), points(row["mean"]["score"])]
+        for row in chosen
+    ]
+    for name in ("experts", "base"):
+        part = there[name]
+        rows.insert(0, [name, *(points(part["tasks"][n]["score"]) for n in names), points(part["mean"]["score"])])
+    return table(["model", *names, "mean"], rows)
+
+
+def speed(told: Told) -> str:
+    rows = []
+    for row in told["rows"]:
+        what = "wall" if row["threads"] == 0 else "cpu"
+        ratio = row["ratio"].get(what) if row["peer"] else None
+        span = f" ({ratio['min']:.2f}-{ratio['max']:.2f})" if ratio and row["repeats"] > 1 else ""
+        claim = row["claims"].get(f"{what} to {row['peer']}", {}).get("at most")
+        missed = [
+            f"{k} {c['found']:.3g} of {c['at most']:.3g}" for k, c in row["claims"].items() if c["found"] > c["at most"]
+        ]
+        anon = [f"{row['anon'][who]['max']:.0f}" if who in row["anon"] else "–" for who in ("ours", "peer")]
+        rows.append([
+            row["case"], row["set"] or "–", row["peer"] or "–", what,
+            f"{row[what]['ours']['median']:.2f}", f"{row[what]['peer']['median']:.1f}" if row["peer"] else "–",
+            f"{ratio['median']:.3f}{span}" if ratio else "–", f"{claim:g}" if claim else "–", *anon, str(row["repeats"]),
+            "; ".join(missed) or "–",
+        ])  # fmt: skip
+    head = [
+        "case",
+        "set",
+        "peer",
+        "seconds",
+        "ours",
+        "peer's",
+        "ratio",
+        "target",
+        "MiB ours",
+        "MiB peer",
+        "rounds",
+        "missed",
+    ]
+    return table(head, rows)
+
+
+def rows(told: Told) -> str:
+    return table(told["head"], [[str(cell) for cell in row] for row in told["rows"]])
+
+
+KINDS: dict[str, Callable[[Told], str]] = {"suite": suite, "speed": speed, "rows": rows}
+
+
+def figure(scores: Told) -> str:
+    """Return an SVG: each merger from without to with adapting, between the base and the experts."""
+    from io import StringIO
+
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    tuned = any(gain["tuned"] for gain in scores["gains"])
+    gains = [gain for gain in scores["gains"] if gain["tuned"] == tuned][::-1]
+    with mpl.rc_context({"svg.hashsalt": "merganser", "svg.fonttype": "none", "font.size": 9}):
+        picture = Figure(figsize=(6.4, 0.9 + 0.38 * len(gains)), layout="constrained")
+        axes = picture.subplots()
+        for height, gain in enumerate(gains):
+            a, b = (100 * scores["rows"][gain[k]]["mean"]["score"] for k in ("without", "with"))
+            low, high = (a + 100 * gain["gain"][k] for k in ("low", "high"))
+            axes.plot([low, high], [height, height], color="#9db8d9", linewidth=7, solid_capstyle="butt")
+            axes.annotate("", (b, height), (a, height), arrowprops={"arrowstyle": "->", "color": "#1f4e8c"})
+            axes.plot([a], [height], "o", color="#8a8a8a", markersize=5)
+        for name in ("base", "experts"):
+            at = 100 * scores[name]["mean"]["score"]
+            axes.axvline(at, color="#444444", linewidth=0.8, linestyle=":")
+            axes.annotate(name, (at, len(gains) - 0.4), ha="center", fontsize=8, color="#444444")
+        axes.set_yticks(range(len(gains)), [gain["merge"] for gain in gains])
+        axes.set_ylim(-0.6, len(gains))
+        axes.set_xlabel(
+            f"mean over {len(scores['tasks'])} tasks, points; from without to with adapting, band: 95 % interval"
+        )
+        axes.spines[["top", "right"]].set_visible(False)
+        out = StringIO()
+        picture.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+
+
+def written() -> dict[Path, str]:
+    """Return every generated file and its text."""
+    records = tomllib.loads((RESULTS / "records.toml").read_text(encoding="utf-8"))["record"]
+    files: dict[Path, str] = {}
+    sections = [HEAD]
+    for record in records:
+        told = json.loads((RESULTS / record["file"]).read_text(encoding="utf-8"))
+        body = [f"    {record['command']}", record.get("about", "").strip(), KINDS[record["kind"]](told)]
+        body.append(record.get("notes", "").strip())
+        text = "\n\n".join(part for part in body if part) + "\n"
+        title = f"{record['title']} ({record['date']})"
+        sections.append(f"## {title}\n\n{text}")
+        page = Path(record["file"]).with_suffix("")
+        if record["kind"] == "suite" and told["gains"]:
+            files[RESULTS / f"{page}.svg"] = figure(told)
+            text = text + f"\n![{record['title']}]({page}.svg)\n"
+        files[RESULTS / f"{page}.md"] = f"# {title}\n\n{text}"
+    files[ROOT / "RECORDS.md"] = "\n".join(sections)
+    return files
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--add", type=Path)
+    parser.add_argument("--as", dest="name")
+    told = parser.parse_args()
+    if told.add:
+        if not told.name:
+            parser.error("--add needs --as NAME")
+        shutil.copyfile(told.add / "scores.json", RESULTS / f"{told.name}.json")
+        print(f"docs/results/{told.name}.json: now name it in docs/results/records.toml")
+        return 0
+    stale = {
+        path: text
+        for path, text in written().items()
+        if not (told.check and path.suffix == ".svg")  # drawn a little differently by every matplotlib
+        and not (path.is_file() and path.read_text(encoding="utf-8") == text)
+    }
+    for path, text in stale.items():
+        print(("stale: " if told.check else "wrote ") + str(path.relative_to(ROOT)))
+        if not told.check:
+            path.write_text(text, encoding="utf-8")
+    return 1 if told.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
