@@ -156,7 +156,12 @@ def figure(scores: Told) -> str:
             a, b = (100 * scores["rows"][gain[k]]["mean"]["score"] for k in ("without", "with"))
             low, high = (a + 100 * gain["gain"][k] for k in ("low", "high"))
             axes.plot([low, high], [height, height], color="#9db8d9", linewidth=7, solid_capstyle="butt")
-            axes.annotate("", (b, height), (a, height), arrowprops={"arrowstyle": "->", "color": "#1f4e8c"})
+            axes.annotate(
+                "",
+                (b, height),
+                (a, height),
+                arrowprops={"arrowstyle": "->", "color": "#1f4e8c", "shrinkA": 0, "shrinkB": 0},
+            )
             axes.plot([a], [height], "o", color="#8a8a8a", markersize=5)
         for name in ("base", "experts"):
             at = 100 * scores[name]["mean"]["score"]

@@ -282,14 +282,16 @@ def check_suite(
                 if find_spec(package) is None:
                     raise MissingExtra(f"suite '{name}' ({package})", extra)
     experts: list[str] = []
+    written: Sequence[str] = suite.SENTENCES if suite is not None else []
     if data is not None and suite is not None:
         with found.gather("--data"):
+            written = suite.SUITE.of(data).sentences
             experts = list(suite.SUITE.tasks(data))
         with found.gather("--data"):
             suite.SUITE.files(data)
     elif suite is not None:
         experts = list(suite.NAMES)
-    sentences = list(how) if how else list(suite.SENTENCES) if suite is not None else []
+    sentences = list(how or written)
     for text in sentences:
         with found.gather("--how"):
             try_out(parse(text).merging, experts or ["a", "b"])

@@ -163,6 +163,8 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
 def read_unlabeled(paths: Sequence[str | Path], limit: int | None = None) -> Any:
     """Return unlabeled raw inputs: texts (``.txt`` or ``.txt.gz``, one a line) or pixels (``.npz`` with ``x``).
 
+    Pictures of one size come as one array, of several sizes as a list.
+
     With ``limit``, every file gives the same share, spread evenly over it. Raises DataError at an empty file, one
     that is not text, or kinds mixed.
     """
@@ -173,7 +175,8 @@ def read_unlabeled(paths: Sequence[str | Path], limit: int | None = None) -> Any
         raise DataError(f"{paths[0]} and others mix texts and images: use one kind of inputs")
     share = None if limit is None else -(-limit // len(parts))
     parts = [part if share is None or len(part) <= share else _spread(part, share) for part in parts]
-    joined = np.concatenate(parts) if isinstance(parts[0], np.ndarray) else [text for part in parts for text in part]
+    alike = isinstance(parts[0], np.ndarray) and len({part.shape[1:] for part in parts}) == 1
+    joined = np.concatenate(parts) if alike else [one for part in parts for one in part]
     return joined[:limit] if limit is not None else joined
 
 

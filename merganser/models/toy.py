@@ -62,7 +62,9 @@ class ConvNet(nn.Module):
 
     def prepare(self, raw: Any) -> Images:
         """Return uint8 pictures ``[n, height, width, 1]`` as inputs. Raises DataError for anything else."""
-        pixels = np.asarray(raw)
+        if not isinstance(raw, np.ndarray):
+            raise DataError("pictures must be one array [n, height, width, 1]: give files of one size")
+        pixels = raw
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 1:
             raise DataError(f"pictures must be uint8 [n, height, width, 1], are {pixels.dtype} {list(pixels.shape)}")
         return Images(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), mean=(0.15,), std=(0.35,))

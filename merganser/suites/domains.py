@@ -17,6 +17,7 @@ from . import suite, text, vision
 from .suite import Suite
 
 SENTENCES = text.SENTENCES
+NEAR = {"sst2_products": ("pros_cons",)}  # adapting on it would be adapting on that domain
 PACKAGES = text.PACKAGES
 
 
@@ -33,8 +34,14 @@ class _Either:
         domains_of(data, tasks)
         return tasks
 
-    def files(self, data: str | Path) -> Sequence[Path]:
-        return self.of(data).files(data)
+    def files(self, data: str | Path) -> list[Path]:
+        """Return the files of unlabeled inputs, without those that are close to a domain that is scored."""
+        chosen = self.of(data)
+        near = {file for domain in domains_of(data, chosen.tasks(data)) for file in NEAR.get(domain, ())}
+        kept = [file for file in chosen.files(data) if file.name.split(".")[0] not in near]
+        if not kept:
+            raise DataError(f"{data}: all unlabeled inputs are close to a domain that is scored; add others to aux/")
+        return kept
 
 
 SUITE = _Either()
@@ -65,4 +72,4 @@ def bench(
     chosen = SUITE.of(data)
     domains = domains_of(data, chosen.tasks(data))
     how_given: Any = {"how": how, "seeds": seeds, "experts_only": experts_only, "progress": progress}
-    return suite.bench(chosen, data, to, domains=domains, **how_given)
+    return suite.bench(chosen, data, to, domains=domains, files=SUITE.files(data), **how_given)

@@ -60,6 +60,10 @@ class Suite:
     names: Sequence[str] = ()
     precision: Literal["auto", "fp32", "bf16"] = "auto"
 
+    def of(self, _data: str | Path) -> "Suite":
+        """Return the suite that reads a folder: this one."""
+        return self
+
     def tasks(self, data: str | Path) -> dict[str, Task]:
         """Return the tasks in ``data`` that the suite takes. Raises DataError for fewer than two, or another kind."""
         tasks = read_tasks(data)
@@ -88,18 +92,20 @@ def bench(
     seeds: int = 1,
     experts_only: bool = False,
     domains: Mapping[str, Path] | None = None,
+    files: Sequence[Path] | None = None,
     progress: Progress = silent,
 ) -> Path:
     """Run sentences with and without adapting on the tasks in ``data``; return the report (or the experts' folder).
 
-    ``domains``: folders of test sets of the same tasks in other domains, by name.
+    ``domains``: folders of test sets of the same tasks in other domains, by name. ``files``: unlabeled inputs, where not
+    all that lie in the folder are to be used.
 
     Raises DataError if the folder holds fewer than two tasks of the suite's kind or no unlabeled inputs.
     """
     sentences = list(how) if how else list(suite.sentences)
     for text in sentences:
         parse(text)
-    tasks, files = suite.tasks(data), suite.files(data)
+    tasks, files = suite.tasks(data), files or suite.files(data)
     base = suite.base()
     name = "domains" if domains else suite.name
     recipe = Recipe(
@@ -112,7 +118,7 @@ def bench(
         tasks={name: Path(data).resolve() / name for name in tasks},
         domains={name: folder.resolve() for name, folder in (domains or {}).items()},
         heads=suite.heads,
-        inputs=InputsPart(files=files, limit=suite.inputs),
+        inputs=InputsPart(files=list(files), limit=suite.inputs),
         limits=suite.limits,
     )
     experts = make_experts(suite, recipe, tasks, cache_folder() / suite.name, progress)

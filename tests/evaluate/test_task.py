@@ -92,6 +92,9 @@ def test_unlabeled_inputs(tmp_path):
     assert some[9] == "one 99", "a share is spread over the whole file"
     np.savez(tmp_path / "x.npz", x=np.zeros((5, 2, 2, 1), np.uint8))
     assert read_unlabeled([tmp_path / "x.npz"], 3).shape == (3, 2, 2, 1)
+    np.savez(tmp_path / "y.npz", x=np.ones((5, 3, 3, 3), np.uint8))
+    mixed = read_unlabeled([tmp_path / "x.npz", tmp_path / "y.npz"], 4)
+    assert [one.shape for one in mixed] == [(2, 2, 1), (2, 2, 1), (3, 3, 3), (3, 3, 3)]
     for name, content, match in (
         ("empty.txt", b"\n \n", "is empty"),
         ("binary.txt", b"\xff\xfe\x00\x01", "not UTF-8 text"),

@@ -84,6 +84,11 @@ def test_domains_are_those_of_the_tasks(tmp_path, monkeypatch):
     domains.bench(data, tmp_path / "out", how=["average"])
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert [(task["name"], task["of"]) for task in scores["domains"]["tasks"]] == [("sst2_yelp", "sst2")]
+    assert not domains.NEAR.keys() & {task["name"] for task in scores["domains"]["tasks"]}
+    (data / "shift" / "sst2_products").mkdir()
+    shutil.copy(DATA / "shift" / "sst2_products" / "task.toml", data / "shift" / "sst2_products")
+    (data / "aux" / "pros_cons.txt").write_text("good\nbad\n")
+    assert [file.name for file in domains.SUITE.files(data)] == ["some.txt"]
     assert scores["command"] == "merganser bench domains --data data"
     assert 0.5 < scores["domains"]["experts"]["mean"]["score"] < 1
 

@@ -110,7 +110,9 @@ def piece(folder: Path) -> Path:
                 np.savez(folder / name / f"{split}.npz", x=arrays["x"][:rows], y=arrays["y"][:rows])
     (folder / "aux").mkdir()
     with np.load(DATA / "aux" / "imagenet_crops.npz") as arrays:
-        np.savez(folder / "aux" / "some.npz", x=arrays["x"][:96])
+        np.savez(folder / "aux" / "some.npz", x=arrays["x"][:60])
+    with np.load(DATA / "aux" / "quickdraw.npz") as arrays:
+        np.savez(folder / "aux" / "others.npz", x=arrays["x"][:60])
     return folder
 
 
