@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..spectrum import leading, matrices, moved, polar, product, summed
+from ..spectrum import leading, matrices, moved, polar, summed, times
 
 
 def iso_cts(
@@ -40,6 +40,7 @@ def iso_cts(
     c, s = _ranks(r, len(wide), common)
     total = summed(wide)
     shared = leading(total, c) if c and moved(total) else None
+    del total  # as large as two deltas
     own = [_own(delta, s, shared) for delta in wide if s and moved(delta)]
     own = [triplets for triplets in own if len(triplets[1])]
     triplets = own if shared is None else [*own, shared]
@@ -53,7 +54,9 @@ def iso_cts(
         u, v = _beside(sides[0], sides[1], shared[0], shared[2])
     else:
         u, _, v = shared
-    return product(u * mean, v.mT, like=deltas[0])
+    if len(u) < len(v):
+        return times(v, mean * u.mT, kind=deltas.dtype).mT.reshape(deltas.shape[1:])
+    return times(u, mean * v.mT, kind=deltas.dtype).reshape(deltas.shape[1:])
 
 
 def _beside(u: Tensor, v: Tensor, shared_u: Tensor, shared_v: Tensor) -> tuple[Tensor, Tensor]:
