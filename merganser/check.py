@@ -324,6 +324,7 @@ def _sentence(text: str, recipe: Any) -> None:
 
 def _tasks(found: Findings, recipe: Any) -> None:
     from .evaluate.task import read_task
+    from .prepare import check_statistics, open_domains
 
     for name in recipe.experts:
         with found.gather(f"task '{name}'"):
@@ -337,6 +338,10 @@ def _tasks(found: Findings, recipe: Any) -> None:
                     raise DataError(
                         f"task '{name}' has no {split} split; add {recipe.tasks[name] / split}.jsonl.gz or .npz"
                     )
+    with found.gather("domains"):
+        open_domains(recipe)
+    with found.gather("model.statistics"):
+        check_statistics(recipe)
     for file in recipe.inputs.files if recipe.inputs else ():
         if not file.is_file():
             found.error(f"{file}: no such file of unlabeled inputs", "inputs", "correct [inputs] files", DataError)

@@ -222,6 +222,8 @@ def open_domains(recipe: Recipe) -> dict[str, Task]:
                 f"domain '{name}' is a shift of {task.shift_of!r}, which is no task here: set shift_of in "
                 f"{recipe.domains[name] / 'task.toml'} to one of {', '.join(recipe.experts)}"
             )
+        if "test" not in task.splits:
+            raise DataError(f"domain '{name}' has no test split; add {recipe.domains[name] / 'test'}.jsonl.gz or .npz")
         if name in recipe.experts:
             raise RecipeError(f"'{name}' is both a task and a domain; give the domain another name")
     return domains
@@ -274,10 +276,7 @@ def _of(name: str, weights: Mapping[str, Tensor], encoder: Any) -> Mapping[str, 
 def check_sentences(recipe: Recipe) -> list[Sentence]:
     """Return the recipe's sentences, parsed and tried out with as many experts as it has."""
     sentences = [parse(text) for text in recipe.sentences]
-    if recipe.model.statistics == "reset" and recipe.inputs is None:
-        raise RecipeError(
-            '[model] statistics = "reset" measures on unlabeled inputs, but the recipe has no [inputs] files'
-        )
+    check_statistics(recipe)
     for sentence in sentences:
         if sentence.adapt:
             adapt_steps(how_text(sentence.adapt))
@@ -287,6 +286,14 @@ def check_sentences(recipe: Recipe) -> list[Sentence]:
         open_ingredients(asked_by(sentence, recipe.ingredients), sentence.merging, list(recipe.experts))
     check_where(recipe, sentences)
     return sentences
+
+
+def check_statistics(recipe: Recipe) -> None:
+    """Raise RecipeError where batch norm is to be measured anew, but there is nothing to measure it on."""
+    if recipe.model.statistics == "reset" and recipe.inputs is None:
+        raise RecipeError(
+            '[model] statistics = "reset" measures on unlabeled inputs, but the recipe has no [inputs] files'
+        )
 
 
 def check_where(recipe: Recipe, sentences: Sequence[Sentence]) -> None:

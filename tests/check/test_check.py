@@ -163,6 +163,8 @@ b = "nowhere"
 a = "tasks/a"
 [inputs]
 files = ["inputs.txt"]
+[domains]
+elsewhere = "shift/elsewhere"
 """
 
 
@@ -176,6 +178,7 @@ def test_a_recipe_is_checked_whole(merganser, models, tmp_path):
         text = json.dumps(json.loads(done.stdout)["errors"])
         for words in (
             "unknown step 'tise'", "'stepps'", "nowhere", "tasks/a: not a task", "expert 'b' has no task", "inputs.txt",
+            "shift/elsewhere: not a task",
         ):  # fmt: skip
             assert words in text, words
     assert files_in(tmp_path) == before

@@ -327,6 +327,9 @@ def test_other_domains_are_scored_with_the_head_of_their_task(user, tmp_path):
     again = json.loads(call("run", recipe, "--to", tmp_path / "out", "--json").stdout)
     assert again["scores"]["domains"] == domains
     (shift / "task.toml").write_text(told + 'shift_of = "dots"\n')
+    wrong = call("check", recipe)
+    assert wrong.exit_code == 1
+    assert "shift of 'dots'" in wrong.output.replace("\n", " ")
     wrong = call("run", recipe, "--to", tmp_path / "out")
     assert wrong.exit_code == 1
     assert "shift of 'dots'" in wrong.output.replace("\n", " ")
