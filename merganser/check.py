@@ -266,29 +266,37 @@ def check_adapt(path: str | Path, how: str, into: str | Path) -> Findings:
 
 
 def check_suite(
-    name: str, data: str | Path | None, how: Sequence[str] | None, into: str | Path, seeds: int = 1
+    name: str,
+    data: str | Path | None,
+    how: Sequence[str] | None,
+    into: str | Path,
+    seeds: int = 1,
+    **settings: Any,
 ) -> Findings:
     """Return all that will go wrong with `bench` of a suite, or with `demo`."""
-    from importlib import import_module
-
     from .errors import MissingExtra
+    from .suites import open_suite
 
     found = Findings(plan={"suite": name, "into": str(into)})
     suite: Any = None
     with found.gather("suite"):
-        suite = import_module(f"merganser.suites.{name}")
+        suite = open_suite(name, **settings)
         for package, extra in {"matplotlib": "report", **getattr(suite, "PACKAGES", {})}.items():
             with found.gather("packages"):
                 if find_spec(package) is None:
                     raise MissingExtra(f"suite '{name}' ({package})", extra)
     experts: list[str] = []
     written: Sequence[str] = suite.SENTENCES if suite is not None else []
+    if settings.get("models") is not None and hasattr(suite, "checkpoints"):  # without folders it would ask the Hub
+        with found.gather("--models"):
+            suite.checkpoints()
     if data is not None and suite is not None:
         with found.gather("--data"):
             written = suite.SUITE.of(data).sentences
             experts = list(suite.SUITE.tasks(data))
         with found.gather("--data"):
-            suite.SUITE.files(data)
+            if not how or any("|" in text and parse(text).adapt for text in how):
+                suite.SUITE.files(data)
     elif suite is not None:
         experts = list(suite.NAMES)
     sentences = list(how or written)

@@ -5,6 +5,7 @@ Exit status: 0 done, 1 the work failed (the message says what, where and what to
 
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import sys
@@ -18,7 +19,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from .errors import MerganserError, RecipeError
+from .errors import DataError, MerganserError, RecipeError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -444,29 +445,49 @@ def demo(to: To = Path("merganser-demo"), seed: Seed = 0, dry_run: DryRun = Fals
 @app.command()
 @guarded
 def bench(
-    name: Annotated[str, typer.Argument(help="The suite: text, vision or domains.")],
-    data: Annotated[Path, typer.Option(help="A folder of tasks (and aux/ with unlabeled inputs).")],
+    name: Annotated[
+        str, typer.Argument(help="The suite: text, vision, domains, clip-8, clip-14, clip-20 or domainnet.")
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="A folder of tasks (and aux/ with unlabeled inputs); clip-*: without it, the Hub."),
+    ] = None,
     how: Annotated[list[str] | None, typer.Option(help="A sentence to run; may be repeated.")] = None,
     to: To = Path("bench"),
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds to run.")] = 1,
     experts_only: Annotated[bool, typer.Option(help="Fine-tune and cache the experts, then stop.")] = False,
+    network: Annotated[str | None, typer.Option(help="clip-*: ViT-B/32, ViT-B/16 or ViT-L/14.")] = None,
+    family: Annotated[
+        str | None, typer.Option(help="clip-*: whose experts: tall-masks, task-vectors or fusionbench.")
+    ] = None,
+    models: Annotated[
+        Path | None, typer.Option(help="clip-*, domainnet: a folder of models in the Hub's layout.")
+    ] = None,
+    inputs: Annotated[
+        list[Path] | None, typer.Option(help="clip-*, domainnet: unlabeled pictures (a folder, .parquet, .tar, .npz).")
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="clip-*, domainnet: at most so many test rows a task.")
+    ] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="clip-*: default (scales as written) or tuned (also chosen on validation).")
+    ] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Run a suite of real tasks: fine-tune the experts once, then score sentences with and without adapting."""
-    from .errors import DataError, did_you_mean
     from .progress import bars
-    from .suites import SUITES
+    from .suites import open_suite
 
-    if name not in SUITES:
-        raise DataError(f"unknown suite '{name}'{did_you_mean(name, SUITES)}; known: {', '.join(SUITES)}")
+    settings: dict[str, Any] = {"network": network, "family": family, "models": models}
+    settings |= {"inputs": inputs, "rows": rows, "protocol": protocol}
+    suite = open_suite(name, **settings)
+    if data is None and not name.startswith("clip-"):
+        raise DataError(f"suite '{name}' needs --data FOLDER")
     if dry_run:
         from .check import check_suite
 
-        return tell(check_suite(name, data, how, to, seeds), as_json)
-    from importlib import import_module
-
-    suite = import_module(f"merganser.suites.{name}")
+        return tell(check_suite(name, data, how, to, seeds, **settings), as_json)
     path = suite.bench(data, to, how=how or None, seeds=seeds, experts_only=experts_only, progress=bars)
     if experts_only:
         return say({"experts": str(path)}, as_json, f"experts: {path}")
@@ -483,11 +504,15 @@ def finish(report: Path, as_json: bool) -> None:
     from .card import read_json
 
     scores = read_json(report.parent / "scores.json")
+    published = read_json(report.parent / "published.json")
     if as_json or scores is None:
-        return say({"report": str(report), "scores": scores}, as_json, f"report: {report}")
-    from .show import show_table
+        found = {"report": str(report), "scores": scores}
+        return say(found if published is None else {**found, "published": published}, as_json, f"report: {report}")
+    from .show import show_published, show_table
 
     show_table(scores)
+    if published is not None:
+        show_published(published)
     typer.echo(f"\nreport: {report}")
 
 
@@ -499,6 +524,8 @@ def main() -> None:
         tell = ctypes.CDLL(None).mallopt
         tell(M_MMAP_THRESHOLD, 4 << 20)
         tell(M_TRIM_THRESHOLD, 64 << 20)
+    # importing torch makes many objects and no rubbish: looking through them again and again is a tenth of it
+    gc.set_threshold(100_000)
     try:
         app()
     except SystemExit as done:

@@ -14,6 +14,7 @@ from .adapt import adapt_steps, check_fit, heads_digest, how_text
 from .card import digest, file_digest, key_of
 from .errors import DataError, HeadError, RecipeError, WeightsError, did_you_mean
 from .evaluate.joint import Union
+from .evaluate.pictures import Pictures
 from .evaluate.run import Labelled, Model, Scores, evaluate
 from .evaluate.task import Split, Task, read_task, read_unlabeled
 from .examine import asked_by, open_ingredients, try_out
@@ -193,7 +194,11 @@ def _prepare(recipe: Recipe, tick: Tick) -> Prepared:
 
 def raw_digest(split: Split) -> str:
     """Return a digest of a split's raw rows and labels."""
-    rows = split.raw if isinstance(split.raw, np.ndarray) else np.frombuffer("\0".join(split.raw).encode(), np.uint8)
+    if isinstance(split.raw, np.ndarray):
+        rows = split.raw
+    else:
+        joined = b"".join(split.raw.raw()) if isinstance(split.raw, Pictures) else "\0".join(split.raw).encode()
+        rows = np.frombuffer(joined, np.uint8)
     return digest({"x": torch.from_numpy(np.ascontiguousarray(rows).copy()), "y": torch.from_numpy(split.labels)})
 
 

@@ -46,6 +46,25 @@ def percent(value: float | None, digits: int = 1) -> str:
     return "" if value is None else f"{100 * value:.{digits}f}"
 
 
+def show_published(told: Mapping[str, Any]) -> None:
+    """Print what papers report beside what a run found, in percent."""
+    title = (
+        f"{told['tasks']} tasks, {told['network']}, {told['family']}: published beside ours, mean accuracy in percent"
+    )
+    table = _table(title=title, title_justify="left")
+    table.add_column("model", no_wrap=True)
+    table.add_column("scale")
+    for name in ("ours", "published", "difference"):
+        table.add_column(name, justify="right")
+    for row in told["rows"]:
+        value, gap = row["published"], row["difference"]
+        shown = ("-", "-") if value is None else (f"{value:.1f}", f"{gap:+.1f}")
+        table.add_row(row["row"], row["scale"], f"{row['ours']:.1f}", *shown)
+    console = _console()
+    console.print(table)
+    console.print(f"published: {told['source']}", highlight=False, markup=False, soft_wrap=True)
+
+
 def show_table(scores: Mapping[str, Any]) -> None:
     """Print the accuracy of base, experts and every sentence, then what adapting gained.
 

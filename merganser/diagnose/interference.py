@@ -54,7 +54,7 @@ def diagnose(
     inputs used for all. ``reference``: the original experts where ``experts`` are adapted ones.
     """
     tasks = list(heads)
-    models = {"merged": merged} if isinstance(next(iter(merged.values())), Tensor) else merged
+    models = {"merged": merged} if any(isinstance(value, Tensor) for value in merged.values()) else merged
     data = inputs if isinstance(inputs, Mapping) else dict.fromkeys(tasks, inputs)
     after = {name: open_weights(source) for name, source in named(experts).items()}
     before = {name: open_weights(s) for name, s in named(reference).items()} if reference is not None else after

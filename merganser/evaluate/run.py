@@ -90,8 +90,8 @@ class Scores(Mapping[str, Outcome]):
         return both["low"], both["high"]
 
     def normalised(self, experts: "Scores") -> dict[str, float]:
-        """Return each task's score divided by that of the task's own expert."""
-        return {task: o.score / experts[task].score for task, o in self.outcomes.items()}
+        """Return each task's score divided by that of the task's own expert (1 where the expert gets nothing right)."""
+        return {task: o.score / e if (e := experts[task].score) else 1.0 for task, o in self.outcomes.items()}
 
     def gain(self, other: "Scores") -> tuple[float, float, float]:
         """Return this mean minus the other's with its paired 95 % interval: ``(gain, low, high)``."""

@@ -122,7 +122,7 @@ def _normalised(scores: Scores, experts: Scores) -> dict[str, float]:
     draws: Any = 0
     for k, (name, o) in enumerate(sorted(scores.items())):
         both = bootstrap(o.metric, o.labels, [o.predictions, experts[name].predictions], seed=k)
-        draws = draws + both[:, 0] / np.maximum(both[:, 1], 1e-9)
+        draws = draws + np.divide(both[:, 0], both[:, 1], out=np.ones(len(both)), where=both[:, 1] > 0)
     ratios = scores.normalised(experts)
     return {"score": float(np.mean(list(ratios.values()))), **interval(draws / len(scores))}
 

@@ -1,7 +1,13 @@
 """A task is a folder: ``task.toml`` (name, kind, classes, template, metric) and train, val and test files.
 
 Text splits are ``.jsonl.gz`` or ``.jsonl`` (``{"text", "label"}`` a line) or ``.parquet`` (the same columns); image
-splits are ``.npz`` (``x`` uint8 NHWC, ``y`` int64).
+splits are ``.npz`` (``x`` uint8 NHWC, ``y`` int64), or a data set's own files (`evaluate/pictures.py`) where they lie:
+
+    [files]                                # from task.toml's folder, or absolute
+    train = ["sun397/data/train-00000-of-00004.parquet", ...]
+    test = "sun397/data/test"
+    labels = [0, 172]                      # of these files, only rows with a label in [0, 172), counted from its start
+    held_out = 5000                        # val is a tenth of train, at most so many rows; train is the rest
 """
 
 import gzip
@@ -16,6 +22,7 @@ import numpy as np
 
 from ..errors import DataError, MissingExtra, did_you_mean
 from .metrics import METRICS
+from .pictures import Pictures, read_pictures
 
 KINDS = {"vision": "image"}  # what else a kind is called
 SUFFIXES = (".jsonl.gz", ".jsonl", ".npz", ".parquet")
@@ -23,7 +30,7 @@ SUFFIXES = (".jsonl.gz", ".jsonl", ".npz", ".parquet")
 
 @dataclass(frozen=True)
 class Split:
-    """Raw inputs (a list of texts, or uint8 pixels NHWC) and their labels (int64)."""
+    """Raw inputs (a list of texts, uint8 pixels NHWC, or encoded `Pictures`) and their labels (int64)."""
 
     raw: Any
     labels: np.ndarray
@@ -34,6 +41,33 @@ class Split:
     def first(self, n: int | None) -> "Split":
         """Return the first ``n`` rows (all if None); the rows of a task are shuffled on disk."""
         return self if n is None else Split(self.raw[:n], self.labels[:n])
+
+
+@dataclass(frozen=True)
+class Files:
+    """A split in a data set's own files: which rows of them are its own.
+
+    ``labels``: only rows with a label in [first, last), counted from first. ``held_out``: the split is what is left of
+    ("train") or taken out of ("val") a tenth of the rows, at most ``most``, drawn with seed 0.
+    """
+
+    places: tuple[Path, ...]
+    labels: tuple[int, int] | None = None
+    held_out: str | None = None
+    most: int = 0
+
+    def read(self) -> Split:
+        """Return the rows. Raises DataError as `read_pictures` does."""
+        pictures, labels = read_pictures(self.places)
+        rows = np.arange(len(labels))
+        if self.labels is not None:
+            first, last = self.labels
+            rows, labels = rows[(labels >= first) & (labels < last)], labels - first
+        if self.held_out is not None:
+            drawn = np.random.default_rng(0).permutation(len(rows))
+            cut = min(len(rows) // 10, self.most)
+            rows = rows[np.sort(drawn[:cut] if self.held_out == "val" else drawn[cut:])]
+        return Split(pictures.take(rows.tolist()), labels[rows])
 
 
 @dataclass(frozen=True)
@@ -48,7 +82,7 @@ class Task:
     classes: Sequence[str]
     template: Sequence[str] = ("{}",)
     metric: str = "accuracy"
-    splits: Mapping[str, Split | Path] = field(default_factory=dict)
+    splits: Mapping[str, Split | Path | Files] = field(default_factory=dict)
     shift_of: str | None = None
 
     def __post_init__(self) -> None:
@@ -60,7 +94,7 @@ class Task:
         found = self.splits.get(name)
         if found is None:
             raise DataError(f"task '{self.name}' has no {name} split; it has: {', '.join(self.splits) or 'none'}")
-        split = read_split(found) if isinstance(found, Path) else found
+        split = found if isinstance(found, Split) else found.read() if isinstance(found, Files) else read_split(found)
         if not len(split):
             raise DataError(f"task '{self.name}': the {name} split is empty")
         top = int(split.labels.max())
@@ -94,7 +128,7 @@ def read_task(folder: str | Path) -> Task:
         told["classes"],
         [template] if isinstance(template, str) else template,
         told.get("metric", "accuracy"),
-        _files(folder),
+        {**_files(folder), **_elsewhere(path, told.get("files", {}))},
         told.get("shift_of"),
     )
 
@@ -117,6 +151,28 @@ def _files(folder: Path) -> dict[str, Path]:
         for suffix in reversed(SUFFIXES)
         if (folder / f"{name}{suffix}").is_file()
     }
+
+
+def _elsewhere(path: Path, told: Mapping[str, Any]) -> dict[str, Files]:
+    """Return the splits that ``[files]`` names. Raises DataError at an unknown key or a file that does not exist."""
+    known = ("train", "val", "test", "labels", "held_out")
+    if unknown := [key for key in told if key not in known]:
+        raise DataError(f"{path}: [files] has no '{unknown[0]}'{did_you_mean(unknown[0], known)}: {', '.join(known)}")
+    labels, most = told.get("labels"), told.get("held_out", 0)
+    if labels is not None and (len(labels) != 2 or not 0 <= labels[0] < labels[1]):
+        raise DataError(f"{path}: [files] labels = {labels}: give [first, last] with 0 <= first < last")
+    found: dict[str, Files] = {}
+    for split in ("train", "val", "test"):
+        named = told.get(split, [])
+        places = tuple(path.parent / one for one in ([named] if isinstance(named, str) else named))
+        if missing := [place for place in places if not place.exists()]:
+            raise DataError(f"{path}: [files] {split}: {missing[0]} does not exist")
+        if places:
+            found[split] = Files(places, tuple(labels) if labels else None)
+    if most and "train" in found and "val" not in found:
+        whole = found["train"]
+        found |= {s: Files(whole.places, whole.labels, s, most) for s in ("train", "val")}
+    return found
 
 
 def read_split(path: Path) -> Split:
@@ -161,9 +217,10 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
 
 
 def read_unlabeled(paths: Sequence[str | Path], limit: int | None = None) -> Any:
-    """Return unlabeled raw inputs: texts (``.txt`` or ``.txt.gz``, one a line) or pixels (``.npz`` with ``x``).
+    """Return unlabeled raw inputs: texts (``.txt`` or ``.txt.gz``, one a line) or pictures.
 
-    Pictures of one size come as one array, of several sizes as a list.
+    Pictures lie in a ``.npz`` with ``x``, a folder, or a data set's ``.parquet`` or ``.tar`` files. Arrays of one size
+    come as one array, of several sizes as a list.
 
     With ``limit``, every file gives the same share, spread evenly over it. Raises DataError at an empty file, one
     that is not text, or kinds mixed.
@@ -175,6 +232,8 @@ def read_unlabeled(paths: Sequence[str | Path], limit: int | None = None) -> Any
         raise DataError(f"{paths[0]} and others mix texts and images: use one kind of inputs")
     share = None if limit is None else -(-limit // len(parts))
     parts = [part if share is None or len(part) <= share else _spread(part, share) for part in parts]
+    if isinstance(parts[0], Pictures):
+        return Pictures([one for part in parts for one in part.encoded])[slice(limit)]
     alike = isinstance(parts[0], np.ndarray) and len({part.shape[1:] for part in parts}) == 1
     joined = np.concatenate(parts) if alike else [one for part in parts for one in part]
     return joined[:limit] if limit is not None else joined
@@ -182,10 +241,14 @@ def read_unlabeled(paths: Sequence[str | Path], limit: int | None = None) -> Any
 
 def _spread(part: Any, share: int) -> Any:
     at = np.linspace(0, len(part) - 1, share).astype(int)
+    if isinstance(part, Pictures):
+        return part.take(at.tolist())
     return part[at] if isinstance(part, np.ndarray) else [part[k] for k in at]
 
 
 def _unlabeled(path: Path) -> Any:
+    if path.is_dir() or path.suffix in (".parquet", ".tar"):
+        return read_pictures([path], labelled=False)[0]
     if not path.is_file():
         raise DataError(f"{path}: no such file of unlabeled inputs")
     if path.suffix == ".npz":

@@ -1,11 +1,14 @@
 """Pictures into pixels: resize, crop and normalise as an image processor's configuration says, with torch alone."""
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +18,7 @@ from .inputs import Images
 
 FILTERS = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 CHUNK = 256
+LARGE = 1 << 30  # bytes of pixels that are kept in memory
 
 
 @dataclass(frozen=True)
@@ -40,16 +44,13 @@ class Pixels:
         """
         if hasattr(images, "shape"):
             whole = self._channels(_tensor(images, f"images of shape {tuple(images.shape)}", 4))
-            parts = [self._fit(part) for part in whole.split(CHUNK) if len(part)]
+            parts = (self._fit(part) for part in whole.split(CHUNK) if len(part))
         else:
-            parts = [
+            parts = (
                 self._fit(self._channels(_tensor(_rgb(image), f"image {k}", 3, batch=True)))
                 for k, image in enumerate(images)
-            ]
-        if len({part.shape[1:] for part in parts}) != 1:
-            what = "pictures come out in different sizes; crop them" if parts else "no pictures"
-            raise DataError(f"{what}: an encoder reads pictures of one size")
-        return Images(torch.cat(parts), self.mean, self.std)
+            )
+        return Images(_joined(parts, len(images)), self.mean, self.std)
 
     def _channels(self, images: Tensor) -> Tensor:
         if images.shape[1] == 1 and self.channels == 3:
@@ -109,6 +110,28 @@ def _processor(folder: Path) -> dict[str, Any]:
             says = json.loads(path.read_text(encoding="utf-8"))
             return says.get("image_processor", says)
     return {}
+
+
+def _joined(parts: Iterable[Tensor], n: int) -> Tensor:
+    """Return ``n`` pictures in one tensor, mapped to a temporary file where it would be large."""
+    joined, done = None, 0
+    for part in parts:
+        if joined is None:
+            joined = _room((n, *part.shape[1:]))
+        if part.shape[1:] != joined.shape[1:]:
+            raise DataError("pictures come out in different sizes; crop them: an encoder reads pictures of one size")
+        joined[done : done + len(part)] = part
+        done += len(part)
+    if joined is None:
+        raise DataError("no pictures: an encoder reads pictures of one size")
+    return joined
+
+
+def _room(shape: tuple[int, ...]) -> Tensor:
+    if math.prod(shape) <= LARGE:
+        return torch.empty(shape, dtype=torch.uint8)
+    with tempfile.TemporaryFile() as file:  # gone with the mapping; the kernel writes out what does not fit in memory
+        return torch.from_numpy(np.memmap(file, dtype=np.uint8, mode="w+", shape=shape))
 
 
 def _tensor(images: Any, what: str, axes: int, batch: bool = False) -> Tensor:

@@ -1,3 +1,28 @@
 """Reproducible experiments on real tasks; each suite makes a recipe and hands it to `merganser.run`."""
 
-SUITES = ("text", "vision", "domains")
+from importlib import import_module
+from typing import Any
+
+OWN = ("text", "vision", "domains")
+PUBLISHED = ("clip-8", "clip-14", "clip-20", "domainnet")
+SUITES = (*OWN, *PUBLISHED)
+
+
+def open_suite(name: str, **settings: Any) -> Any:
+    """Return the suite ``name``: what has ``bench``, ``SUITE``, ``SENTENCES`` and ``PACKAGES``.
+
+    ``settings`` are those of the published ones (network, family, models, inputs, rows, protocol), None: its default.
+    Raises DataError for an unknown suite, or a setting that it does not have.
+    """
+    from ..errors import DataError, did_you_mean
+
+    if name not in (*SUITES, "demo"):
+        raise DataError(f"unknown suite '{name}'{did_you_mean(name, SUITES)}; known: {', '.join(SUITES)}")
+    given = {key: value for key, value in settings.items() if value not in (None, [], ())}
+    if name.startswith("clip-"):
+        return import_module("merganser.suites.clip").suite(int(name.removeprefix("clip-")), **given)
+    known = ("models", "inputs", "rows") if name == "domainnet" else ()
+    if wrong := [key for key in given if key not in known]:
+        raise DataError(f"suite '{name}' has no --{wrong[0]}: it is for {', '.join(PUBLISHED)}")
+    found = import_module(f"merganser.suites.{name}")
+    return found.suite(**given) if name == "domainnet" else found

@@ -75,6 +75,10 @@ class Suite:
             raise DataError(f"{data}: merging needs at least two tasks, found {len(tasks)}")
         return tasks
 
+    def folders(self, data: str | Path, tasks: Mapping[str, Task]) -> dict[str, Path]:
+        """Return the folder of every task."""
+        return {name: Path(data).resolve() / name for name in tasks}
+
     def files(self, data: str | Path) -> list[Path]:
         """Return the files of unlabeled inputs. Raises DataError if there are none."""
         files = sorted(Path(data).glob(AUX[self.kind]))
@@ -107,7 +111,7 @@ def bench(
         parse(text)
     tasks, files = suite.tasks(data), files or suite.files(data)
     base = suite.base()
-    name = "domains" if domains else suite.name
+    name = "domains" if domains and suite.name != "domainnet" else suite.name
     recipe = Recipe(
         title=f"{name} suite: {len(tasks)} tasks, {suite.network}",
         command=f"merganser bench {name} --data {Path(data).name}",
@@ -115,7 +119,7 @@ def bench(
         scales=list(suite.scales),
         model=ModelPart(base=base, encoder=suite.encoder, options=dict(suite.options), precision=suite.precision),
         experts=dict.fromkeys(tasks, base),
-        tasks={name: Path(data).resolve() / name for name in tasks},
+        tasks=suite.folders(data, tasks),
         domains={name: folder.resolve() for name, folder in (domains or {}).items()},
         heads=suite.heads,
         inputs=InputsPart(files=list(files), limit=suite.inputs),
