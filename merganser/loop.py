@@ -231,6 +231,7 @@ class _Run:
         self.experts = tuple(job.experts)
         self.at = next((k for k, step in enumerate(steps) if step.kind == "combine"), len(steps))
         self.draws = any("rng" in takes(step.function) for step in steps)
+        self.tail = _tail(steps, self.at)
         self.extra = [_ingredients(job, name, step) for step in steps]
         self.rows = {
             k: _rows(surveys[k], 1 if k > self.at else len(self.experts))
@@ -247,8 +248,21 @@ class _Run:
         }
 
     def __call__(self, at: int, base: Tensor, deltas: Tensor) -> Tensor:
+        numel = base.numel()
+        if not 0 < self.tail < len(self.steps) or numel <= CUT:
+            return self._steps(range(len(self.steps)), at, base, deltas)
+        # steps that need the whole tensor first, then the others as they would be without them: cut by cut
+        value = self._steps(range(self.tail), at, base, deltas).flatten(1)
+        out, flat = torch.empty(numel, dtype=value.dtype), base.reshape(-1)
+        for start in range(0, numel, CUT):
+            cut = slice(start, start + CUT)
+            out[cut] = self._steps(range(self.tail, len(self.steps)), at + start, flat[cut], value[:, cut])
+        return out.reshape(base.shape)
+
+    def _steps(self, some: range, at: int, base: Tensor, deltas: Tensor) -> Tensor:
         value, restores = deltas, []
-        for k, step in enumerate(self.steps):
+        for k in some:
+            step = self.steps[k]
             given = {"name": self.name, "base": base, "numel": self.numel, "experts": self.experts}
             if step.kind == "edit":
                 value = self._edit(k, step, at, value, given)
@@ -281,6 +295,18 @@ class _Run:
                 return edited
             row.copy_(edited)  # back into the buffer: a stack of the results would be as large once more
         return value
+
+
+def _tail(steps: Sequence[Step], combine: int) -> int:
+    """Return the first of the steps at the end, the combining one among them, that can take a tensor in cuts.
+
+    The number of steps if there are none such, or if a step before them has to be undone on the whole tensor.
+    """
+    first = len(steps)
+    while first and steps[first - 1].elementwise:
+        first -= 1
+    aligned = any(step.kind == "align" for step in steps)
+    return first if first <= combine < len(steps) and not aligned else len(steps)
 
 
 def _rows(totals: Any, count: int) -> list[Any]:

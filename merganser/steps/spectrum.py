@@ -51,14 +51,19 @@ def check_rank(rank: int | None) -> None:
 
 
 def leading(
-    matrix: Float[Tensor, "m n"], k: int | None = None, *, size: float | None = None
+    matrix: Float[Tensor, "m n"],
+    k: int | None = None,
+    *,
+    size: float | None = None,
+    kind: torch.dtype = torch.float64,
 ) -> tuple[Float[Tensor, "m k"], Float[Tensor, " k"], Float[Tensor, "n k"]]:
-    """Return the k leading singular triplets in float64, largest first: ``matrix ~ u diag(s) v^T``.
+    """Return the k leading singular triplets, largest first: ``matrix ~ u diag(s) v^T``.
 
     Fewer than k if the numerical rank is lower: values up to NULL times ``size`` (by default the largest one) are zero.
+    Computed in float64; the larger side is given as ``kind``, the others in float64.
     """
     if matrix.shape[0] < matrix.shape[1]:
-        u, s, v = leading(matrix.mT, k, size=size)
+        u, s, v = leading(matrix.mT, k, size=size, kind=kind)
         return v, s, u
     k = min(k or matrix.shape[1], matrix.shape[1])
     gram = squared(matrix)
@@ -66,7 +71,7 @@ def leading(
     squares, v = squares[-k:].flip(0), v[:, -k:].flip(1)
     real = squares > (NULL * (size or squares[0].sqrt())) ** 2
     s, v = squares[real].sqrt(), v[:, real]
-    return times(matrix, v / s), s, v
+    return times(matrix, v / s, kind=kind), s, v
 
 
 def squared(tall: Float[Tensor, "m n"]) -> Float[Tensor, "n n"]:
@@ -88,12 +93,20 @@ def squared(tall: Float[Tensor, "m n"]) -> Float[Tensor, "n n"]:
 
 
 def times(
-    tall: Float[Tensor, "m n"], right: Float[Tensor, "n k"], *, kind: torch.dtype = torch.float64
+    tall: Float[Tensor, "m n"],
+    right: Float[Tensor, "n k"],
+    *,
+    kind: torch.dtype = torch.float64,
+    turned: bool = False,
 ) -> Float[Tensor, "m k"]:
-    """Return ``tall right``, computed in float64 and given as ``kind``, band by band as `squared`."""
+    """Return ``tall right``, computed in float64 and given as ``kind``, band by band as `squared`.
+
+    ``turned``: it lies in memory so that its transpose is contiguous.
+    """
     if tall.requires_grad or right.requires_grad:
         return (tall.double() @ right).to(kind)
-    out = right.new_empty(len(tall), right.shape[1], dtype=kind)
+    shape = (len(tall), right.shape[1])
+    out = right.new_empty(shape[::-1], dtype=kind).mT if turned else right.new_empty(shape, dtype=kind)
     for rows, to in zip(tall.split(BAND), out.split(BAND), strict=True):
         to.copy_(_double(rows) @ right)
     return out
@@ -157,9 +170,13 @@ def _right(x: Float[Tensor, "m n"]) -> tuple[Float[Tensor, " r"], Float[Tensor, 
 def isotropic(x: Float[Tensor, "m n"], *, like: Tensor) -> Float[Tensor, "*shape"]:
     """Return ``polar(x)`` times the mean of all min(m, n) singular values, in like's shape and dtype."""
     if x.shape[0] < x.shape[1]:
-        return isotropic(x.mT, like=like.reshape(x.shape).mT).mT.reshape(like.shape)
-    s, q = _right(x)
-    return times(x, q * (s.sum() / x.shape[1] / s) @ q.mT, kind=like.dtype).reshape(like.shape)
+        s, q = _right(x.mT)
+        return times(x.mT, _even(s, q), kind=like.dtype, turned=True).mT.reshape(like.shape)
+    return times(x, _even(*_right(x)), kind=like.dtype).reshape(like.shape)
+
+
+def _even(s: Float[Tensor, " r"], q: Float[Tensor, "n r"]) -> Float[Tensor, "n n"]:
+    return q * (s.sum() / len(q) / s) @ q.mT
 
 
 def polar(x: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
@@ -173,11 +190,12 @@ def decorrelated(
 ) -> Float[Tensor, "*shape"]:
     """Return TSV-M of matrices, in like's shape and dtype: ``polar(U) diag(S) polar(V)^T`` of all leading triplets."""
     k = rank or max(1, min(wide.shape[1:]) // len(wide))
-    triplets = [leading(delta, k) for delta in wide if moved(delta)]
+    kind = torch.promote_types(like.dtype, torch.float32)
+    triplets = [leading(delta, k, kind=kind) for delta in wide if moved(delta)]
     u, s, v = (torch.cat(parts, dim=-1) for parts in zip(*triplets, strict=True))
     del triplets
     if len(u) < len(v):
-        return times(v, _root(v) * s @ (u @ _root(u)).mT, kind=like.dtype).mT.reshape(like.shape)
+        return times(v, _root(v) * s @ (u @ _root(u)).mT, kind=like.dtype, turned=True).mT.reshape(like.shape)
     return times(u, _root(u) * s @ (v @ _root(v)).mT, kind=like.dtype).reshape(like.shape)
 
 

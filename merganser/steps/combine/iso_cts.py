@@ -39,7 +39,8 @@ def iso_cts(
     r = min(wide.shape[1:])
     c, s = _ranks(r, len(wide), common)
     total = summed(wide)
-    shared = leading(total, c) if c and moved(total) else None
+    kind = torch.promote_types(deltas.dtype, torch.float32)
+    shared = leading(total, c, kind=kind) if c and moved(total) else None
     del total  # as large as two deltas
     own = [_own(delta, s, shared) for delta in wide if s and moved(delta)]
     own = [triplets for triplets in own if len(triplets[1])]
@@ -47,16 +48,16 @@ def iso_cts(
     if not triplets:  # the deltas cancel, so the sum has no direction
         return deltas.mean(dim=0)
     mean = torch.cat([values for _, values, _ in triplets]).sum() / r
-    sides = [torch.cat([one[at] for one in own], dim=1) for at in (0, 2)] if own else []
+    sides = [torch.cat([one[at] for one in own], dim=1).to(kind) for at in (0, 2)] if own else []
     if shared is None:
         u, v = map(polar, sides)
     elif own:
-        u, v = _beside(sides[0], sides[1], shared[0], shared[2])
+        u, v = _beside(sides[0], sides[1], shared[0].to(kind), shared[2].to(kind))
     else:
         u, _, v = shared
     if len(u) < len(v):
-        return times(v, mean * u.mT, kind=deltas.dtype).mT.reshape(deltas.shape[1:])
-    return times(u, mean * v.mT, kind=deltas.dtype).reshape(deltas.shape[1:])
+        return times(v, mean * u.mT.double(), kind=deltas.dtype, turned=True).mT.reshape(deltas.shape[1:])
+    return times(u, mean * v.mT.double(), kind=deltas.dtype).reshape(deltas.shape[1:])
 
 
 def _beside(u: Tensor, v: Tensor, shared_u: Tensor, shared_v: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,8 +69,8 @@ def _beside(u: Tensor, v: Tensor, shared_u: Tensor, shared_v: Tensor) -> tuple[T
     u = u - shared_u @ (shared_u.mT @ u)  # what fp32 left of them
     q = torch.linalg.qr(shared_v.mT @ v).Q
     seen = shared_v @ q
-    turned = polar(torch.cat([v, seen], dim=1))
-    x = torch.cat([shared_u, polar(u), shared_u @ q], dim=1)
+    turned = polar(torch.cat([v, seen], dim=1)).to(v.dtype)
+    x = torch.cat([shared_u, polar(u).to(u.dtype), shared_u @ q], dim=1)
     return x, torch.cat([shared_v, turned[:, : v.shape[1]], turned[:, v.shape[1] :] - seen], dim=1)
 
 
@@ -85,5 +86,5 @@ def _own(delta: Tensor, s: int, shared: tuple[Tensor, Tensor, Tensor] | None) ->
     size = torch.linalg.matrix_norm(delta.detach()).item()
     if shared is not None:
         common = shared[0].to(delta.dtype)
-        delta = delta - common @ (common.mT @ delta)
-    return leading(delta, s, size=size)
+        delta = torch.addmm(delta, common, common.mT @ delta, alpha=-1)
+    return leading(delta, s, size=size, kind=delta.dtype)
