@@ -7,10 +7,14 @@
 docs/results/records.toml lists the records: ``title``, ``kind`` ("suite": a run's scores.json, "speed": what
 merge_speed.py writes, "rows": a table in the file itself), ``file``, ``command``, ``about`` (before the tables) and
 ``notes`` (after them).
+
+README.md and the pages in docs show results between two comments, "results: FILE" and "end of results", which this
+fills with the gains of a suite's tuned rows.
 """
 
 import argparse
 import json
+import re
 import shutil
 import sys
 import tomllib
@@ -140,6 +144,29 @@ def rows(told: Told) -> str:
 KINDS: dict[str, Callable[[Told], str]] = {"suite": suite, "speed": speed, "rows": rows}
 
 
+SHOWN = re.compile(r"(<!-- results: (\S+\.json) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+
+
+def shown(text: str) -> str:
+    """Return a page with its results put in."""
+
+    def put(found: re.Match[str]) -> str:
+        return f"{found[1]}{short(json.loads((RESULTS / found[2]).read_text(encoding='utf-8')))}\n{found[3]}"
+
+    return SHOWN.sub(put, text)
+
+
+def short(scores: Told) -> str:
+    """Return what a suite found in one sentence and one small table."""
+    head = ["merger", "without", "with `ri`", "gain [95 % interval]", "interference xi"]
+    lines = [
+        [name, without.split(" (")[0], f"**{with_.split(' (')[0]}**", gain, xi]
+        for name, without, with_, gain, _, xi in pair_rows(scores, tuned=True)
+    ]
+    ends = f"base {points(scores['base']['mean']['score'])}, experts {points(scores['experts']['mean']['score'])}"
+    return f"Mean score in percent ({ends}), scale chosen on validation:\n\n{table(head, lines)}"
+
+
 def figure(scores: Told) -> str:
     """Return an SVG: each merger from without to with adapting, between the base and the experts."""
     from io import StringIO
@@ -196,6 +223,9 @@ def written() -> dict[Path, str]:
             text = text + f"\n![{record['title']}]({page}.svg)\n"
         files[RESULTS / f"{page}.md"] = f"# {title}\n\n{text}"
     files[ROOT / "RECORDS.md"] = "\n".join(sections)
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        if SHOWN.search(text := page.read_text(encoding="utf-8")):
+            files[page] = shown(text)
     return files
 
 

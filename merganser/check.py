@@ -290,6 +290,11 @@ def check_suite(
     if settings.get("models") is not None and hasattr(suite, "checkpoints"):  # without folders it would ask the Hub
         with found.gather("--models"):
             suite.checkpoints()
+    if data is not None and suite is not None and name in ("text", "vision"):
+        from .suites.hub import located
+
+        with found.gather("--data"):
+            data = located(name, Path(data))
     if data is not None and suite is not None:
         with found.gather("--data"):
             written = suite.SUITE.of(data).sentences
@@ -298,7 +303,7 @@ def check_suite(
             if not how or any("|" in text and parse(text).adapt for text in how):
                 suite.SUITE.files(data)
     elif suite is not None:
-        experts = list(suite.NAMES)
+        experts = list(getattr(suite, "NAMES", ()))
     sentences = list(how or written)
     for text in sentences:
         with found.gather("--how"):

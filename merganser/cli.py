@@ -450,13 +450,15 @@ def bench(
     ],
     data: Annotated[
         Path | None,
-        typer.Option(help="A folder of tasks (and aux/ with unlabeled inputs); clip-*: without it, the Hub."),
+        typer.Option(help="A folder of tasks (and aux/ with unlabeled inputs); without it, the Hub's."),
     ] = None,
     how: Annotated[list[str] | None, typer.Option(help="A sentence to run; may be repeated.")] = None,
     to: To = Path("bench"),
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds to run.")] = 1,
     experts_only: Annotated[bool, typer.Option(help="Fine-tune and cache the experts, then stop.")] = False,
-    network: Annotated[str | None, typer.Option(help="clip-*: ViT-B/32, ViT-B/16 or ViT-L/14.")] = None,
+    network: Annotated[
+        str | None, typer.Option(help="clip-*: ViT-B/32, ViT-B/16 or ViT-L/14; vision: EfficientNet-Lite0 or conv.")
+    ] = None,
     family: Annotated[
         str | None, typer.Option(help="clip-*: whose experts: tall-masks, task-vectors or fusionbench.")
     ] = None,
@@ -482,12 +484,16 @@ def bench(
     settings: dict[str, Any] = {"network": network, "family": family, "models": models}
     settings |= {"inputs": inputs, "rows": rows, "protocol": protocol}
     suite = open_suite(name, **settings)
-    if data is None and not name.startswith("clip-"):
+    if data is None and name in ("domains", "domainnet"):
         raise DataError(f"suite '{name}' needs --data FOLDER")
     if dry_run:
         from .check import check_suite
 
         return tell(check_suite(name, data, how, to, seeds, **settings), as_json)
+    if name in ("text", "vision"):
+        from .suites.hub import located
+
+        data = located(name, data)
     path = suite.bench(data, to, how=how or None, seeds=seeds, experts_only=experts_only, progress=bars)
     if experts_only:
         return say({"experts": str(path)}, as_json, f"experts: {path}")

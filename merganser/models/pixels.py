@@ -55,6 +55,9 @@ class Pixels:
     def _channels(self, images: Tensor) -> Tensor:
         if images.shape[1] == 1 and self.channels == 3:
             images = images.expand(-1, 3, -1, -1)
+        if images.shape[1] == 3 and self.channels == 1:  # luminance, ITU-R 601
+            red, green, blue = images.float().unbind(1)
+            images = (0.299 * red + 0.587 * green + 0.114 * blue).round().to(torch.uint8)[:, None]
         if images.shape[1] != self.channels:
             raise DataError(f"images have {images.shape[1]} channels, the encoder reads {self.channels}")
         return images

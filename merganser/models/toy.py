@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from ..errors import DataError
 from ..weights.stored import Stored
 from .inputs import Images
+from .pixels import Pixels
 
 GROUPS = 8
+MEAN, STD = (0.15,), (0.35,)
 
 
 class Block(nn.Module):
@@ -43,6 +45,7 @@ class ConvNet(nn.Module):
 
     def __init__(self, channels: Sequence[int] = (32, 64, 128), width: int = 128):
         super().__init__()
+        self.size: int | None = None
         a, b, c = channels
         self.conv1 = nn.Conv2d(1, a, 5, stride=2, padding=2)
         self.norm1 = nn.GroupNorm(GROUPS, a)
@@ -61,17 +64,25 @@ class ConvNet(nn.Module):
         return F.normalize(self.project(x.mean(dim=(2, 3))), dim=1)
 
     def prepare(self, raw: Any) -> Images:
-        """Return uint8 pictures ``[n, height, width, 1]`` as inputs. Raises DataError for anything else."""
+        """Return uint8 pictures ``[n, height, width, 1]`` as inputs. Raises DataError for anything else.
+
+        With a ``size``, pictures of any size and colour: they become grey, ``size`` by ``size`` pixels.
+        """
+        if self.size is not None:
+            return Pixels((self.size, self.size), None, "bilinear", MEAN, STD, channels=1)(raw)
         if not isinstance(raw, np.ndarray):
             raise DataError("pictures must be one array [n, height, width, 1]: give files of one size")
         pixels = raw
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 1:
             raise DataError(f"pictures must be uint8 [n, height, width, 1], are {pixels.dtype} {list(pixels.shape)}")
-        return Images(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), mean=(0.15,), std=(0.35,))
+        return Images(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), mean=MEAN, std=STD)
 
 
-def conv_net(base: str | Path, *, channels: Sequence[int] = (32, 64, 128), width: int = 128) -> ConvNet:
-    """Return the net with the weights in the folder ``base``."""
+def conv_net(
+    base: str | Path, *, channels: Sequence[int] = (32, 64, 128), width: int = 128, size: int | None = None
+) -> ConvNet:
+    """Return the net with the weights in the folder ``base``; ``size``: see `ConvNet.prepare`."""
     net = ConvNet(channels, width)
+    net.size = size
     net.load_state_dict(dict(Stored(base)))
     return net.eval()

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from ..adapt import inputs_digest
 from ..card import digest, is_done, key_of, write_card
@@ -31,12 +30,13 @@ from ..prepare import make_heads
 from ..progress import Progress, silent
 from ..recipe import HeadsPart, InputsPart, LimitPart, ModelPart, Recipe
 from ..run import run
-from ..train import Checkpoint, Order, Plan, train
+from ..train import Checkpoint, Plan
 from ..weights.save import save
 from ..weights.stored import Stored
 from . import glyphs as g
 from .finetune import finetune
 from .glyphs import glyphs, needs
+from .pretrain import pretrain
 
 SEEN = (*g.SANS, *g.MONO, *g.COMPUTER_MODERN)
 TRAIN = ("DejaVuSerif", "DejaVuSerif-BoldItalic", "STIXGeneralBol", "STIXGeneralItalic")
@@ -192,37 +192,11 @@ def write_task(folder: Path, name: str, splits: Mapping[str, Split]) -> None:
 
 
 def make_base(folder: Path, settings: Settings, seed: int, progress: Progress) -> None:
-    """Pretrain the net from scratch to tell apart the characters that are in none of the tasks; write it.
-
-    loss = cross-entropy of HEAD_SCALE cos(f(x), c_k),   c_k learned and thrown away
-    """
+    """Pretrain the net from scratch to tell apart the characters that are in none of the tasks; write it."""
     plan = Plan(settings.pretrain_steps, settings.pretrain_lr, weight_decay=0.05, clip=0.0)
-    images, batch = settings.pretrain, settings.pretrain_batch
-    told: dict[str, Any] = {"kind": "base", "plan": asdict(plan), "batch": batch, "images": images, "seed": seed}
-    told |= {"faces": SEEN, "characters": OTHERS}
-    key = key_of(told)
-    if is_done(folder, key):
-        return
-    pixels, labels = glyphs(OTHERS, SEEN, images, seed_of(seed, "pretrain"))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = ConvNet()
-        classes = torch.randn(len(OTHERS), net.project.out_features)
-    inputs, y = net.prepare(pixels), torch.from_numpy(labels)
-    params = {name: tensor.detach().clone() for name, tensor in net.named_parameters()}
-
-    def loss(at: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        weights = {name: tensor for name, tensor in everything.items() if name != "classes"}
-        x = torch.func.functional_call(net, weights, (inputs.take(at),))
-        return F.cross_entropy(HEAD_SCALE * x @ F.normalize(everything["classes"], dim=1).T, y[at]), {}
-
-    everything = {**params, "classes": classes}
-    checkpoint = Checkpoint(folder / "checkpoint.safetensors", key)
-    with progress("pretrain the base", plan.steps) as tick:
-        order = Order(len(y), min(batch, len(y)), seed)
-        trained, _ = train(everything, loss, order, plan, checkpoint=checkpoint, tick=tick)
-    checkpoint.path.unlink(missing_ok=True)
-    save({name: trained[name] for name in params}, folder, {**told, "key": key})
+    how: dict[str, Any] = {"images": settings.pretrain, "plan": plan, "batch": settings.pretrain_batch}
+    how |= {"scale": HEAD_SCALE, "seed": seed, "drawn": seed_of(seed, "pretrain"), "progress": progress}
+    pretrain(folder, OTHERS, SEEN, **how)
 
 
 def make_experts(recipe: Recipe, settings: Settings, progress: Progress) -> None:

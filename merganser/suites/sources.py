@@ -50,26 +50,33 @@ def below(root: Path, name: str, what: str, option: str) -> Path:
     raise DataError(f"{option} {root}: no {what} {name} (looked for {root / name} and {place})")
 
 
-def write_task(into: Path, told: Mapping[str, Any], data: Path, **files: Any) -> Path:
-    """Write a task.toml that names the files of ``data`` where they lie; return its folder. ``files``: more of [files]."""
+def write_task(into: Path, told: Mapping[str, Any], data: Path, *, keyed: bool = True, **files: Any) -> Path:
+    """Write a task.toml that names the files of ``data`` where they lie; return its folder.
+
+    ``files``: more of [files]. ``keyed``: below a folder named by what task.toml says.
+    """
     splits: dict[str, Sequence[Path]] = {}
     for split, names in SPLITS.items():
         splits[split] = next((found for name in names if (found := split_files(data, name))), [])
     if not splits["test"]:
         raise DataError(f"{data}: no test split (test-*.parquet, test/*.tar, test/CLASS/ or test.txt)")
     named = {split: [str(place.resolve()) for place in places] for split, places in splits.items() if places}
-    return write_toml(into, told, {**named, **files})
+    return write_toml(into, told, {**named, **files}, keyed)
 
 
-def write_toml(into: Path, told: Mapping[str, Any], files: Mapping[str, Any]) -> Path:
+def write_toml(into: Path, told: Mapping[str, Any], files: Mapping[str, Any], keyed: bool = True) -> Path:
     """Write task.toml with ``told`` and its ``[files]`` into a folder named by what it says; return the folder."""
-    text = "".join(f"{key} = {_value(value)}\n" for key, value in told.items())
-    text += "\n[files]\n" + "".join(f"{key} = {_value(value)}\n" for key, value in files.items())
+    text = toml(told) + "\n[files]\n" + toml(files)
     tomllib.loads(text)
-    folder = into / key_of({"task": text})[:8] / str(told["name"])
+    folder = (into / key_of({"task": text})[:8] if keyed else into) / str(told["name"])
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "task.toml").write_text(text, encoding="utf-8")
     return folder
+
+
+def toml(told: Mapping[str, Any]) -> str:
+    """Return keys with strings, numbers and lists of them as TOML."""
+    return "".join(f"{key} = {_value(value)}\n" for key, value in told.items())
 
 
 def _value(value: Any) -> str:

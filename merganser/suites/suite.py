@@ -31,7 +31,7 @@ from ..weights.stored import Stored
 from .cache import cache_folder
 from .finetune import finetune
 
-AUX = {"text": "aux/*.txt*", "image": "aux/*.npz"}
+AUX = {"text": "aux/*.txt*", "image": "aux/*"}
 INPUTS = {"text": "unlabeled sentences (aux/*.txt.gz)", "image": "unlabeled pictures (aux/*.npz)"}
 
 
@@ -114,7 +114,7 @@ def bench(
     name = "domains" if domains and suite.name != "domainnet" else suite.name
     recipe = Recipe(
         title=f"{name} suite: {len(tasks)} tasks, {suite.network}",
-        command=f"merganser bench {name} --data {Path(data).name}",
+        command=f"merganser bench {name} --data {Path(data).name}" + (" --network conv" * (suite.network == "conv")),
         sentences=sentences,
         scales=list(suite.scales),
         model=ModelPart(base=base, encoder=suite.encoder, options=dict(suite.options), precision=suite.precision),

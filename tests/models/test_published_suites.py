@@ -233,7 +233,7 @@ def test_a_dry_run_says_all_that_is_missing_and_downloads_nothing(models, data, 
         (["clip-8", "--protocol", "tund"], "did you mean 'tuned'"),
         (["clip-9"], "unknown suite 'clip-9'"),
         (["text", "--data", "x", "--network", "ViT-B/32"], "has no --network"),
-        (["text"], "needs --data"),
+        (["domains"], "needs --data"),
         (["clip-8", "--data", "."], "give --models"),
     ],
 )
