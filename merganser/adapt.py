@@ -16,6 +16,7 @@ from .models.heads import AnyHead, Head, check_width
 from .models.inputs import Subset, digest_parts
 from .progress import Progress, silent
 from .sentence import Step, knobs_of, parse_words
+from .steps.twins import overlapping
 from .train import Checkpoint
 from .weights.match import match
 from .weights.open import Source, named, open_weights
@@ -70,6 +71,8 @@ def adapt(
         }
         card["encoder"] = [type(encoder).__qualname__, getattr(encoder, "pooling", None)]
         card["inputs"] = {**same, "expert": digest(theta)}
+        if shared := _shared(steps, heads, name):
+            card["overlap"] = shared
         card["key"] = key_of(card)
         folder = Path(into) / name if into is not None else None
         if folder is not None and is_done(folder, card["key"]):
@@ -83,7 +86,8 @@ def adapt(
                 given["_checkpoint"] = Checkpoint(folder / f"checkpoint-{k}.safetensors", card["key"])
                 given["_log"] = folder / ("log.jsonl" if k == 0 else f"log-{k}.jsonl")
             total = knobs.get("steps", knobs_of(step.function).get("steps", 1))
-            with progress(f"{step.name} {name}", total) as tick:
+            said = f"{step.name} {name}" + (f" (without classes it shares with {', '.join(shared)})" if shared else "")
+            with progress(said, total) as tick:
                 theta = step.function(theta, theta0, heads, inputs, **knobs, **given, _tick=tick)
         adapted[name] = theta
         if folder is not None:
@@ -91,6 +95,17 @@ def adapt(
             for leftover in folder.glob("checkpoint-*.safetensors"):
                 leftover.unlink()
     return adapted
+
+
+def _shared(steps: Sequence[Step], heads: Mapping[str, AnyHead], own: str) -> dict[str, list[list[float]]]:
+    """Return the classes that other heads have in common with ``own`` and the steps leave out: [own, other, cosine]."""
+    found: dict[str, list[list[float]]] = {}
+    for step in steps:
+        knobs = {**knobs_of(step.function), **step.knobs}
+        if "overlap" in knobs and knobs.get("form", "heads") == "heads":
+            for name, (_, pairs) in overlapping(heads, own, knobs["overlap"]).items():
+                found[name] = [[i, j, round(cos, 4)] for i, j, cos in pairs]
+    return found
 
 
 def adapt_steps(how: str) -> list[Step]:

@@ -251,7 +251,7 @@ def test_early_stop_returns_the_best_on_held_out(toy, tmp_path):
     [
         ("ri(steps=0)", "steps must be positive"),
         ("ri(stesp=5)", "did you mean 'steps'"),
-        ("ri(distance='kullback')", "kl, ce, mse"),
+        ("ri(distance='kullback')", "kl, reverse, js, ce"),
         ("ri(alpha=-1)", "alpha must not be negative"),
         ("ties", "adapt() takes adapt steps"),
         ("ir", "did you mean 'ri'"),

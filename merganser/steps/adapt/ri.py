@@ -5,18 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from ...errors import HeadError
 from ...models.encoder import bound, features, precision
-from ...models.heads import AnyHead, Stacked, check_width
+from ...models.heads import AnyHead
 from ...models.inputs import Subset, take
 from ...models.statistics import is_statistic
 from ...progress import Tick
 from ...train import Checkpoint, Order, Plan, train, write_log
-
-DISTANCES = ("kl", "ce", "mse")
+from ..moving import Moving, chosen
+from ..twins import DISTANCES, FORMS, Twins, overlapping
 
 
 def ri(
@@ -33,6 +32,13 @@ def ri(
     batch: int = 32,
     weight_decay: float = 1e-4,
     distance: str = "kl",
+    temperature: float = 1.0,
+    form: str = "heads",
+    sample: int = 0,
+    overlap: float = 0.95,
+    only: str = "*",
+    rank: int = 0,
+    pull: float = 0.0,
     held_out: float = 0.05,
     patience: int = 3,
     seed: int = 0,
@@ -47,9 +53,19 @@ def ri(
         L(theta) = E_x [ d(h_own(f(x; expert)), h_own(f(x; theta)))
                          + alpha/(N-1) sum_{j != own} d(h_j(f(x; base)), h_j(f(x; theta))) ]
 
-    ``d``: "kl" is KL(target || student); "ce" is cross-entropy against the target's most likely class (against its
-    probabilities it would have KL's gradient); "mse" is the mean squared difference of logits. Only tensors that
+    ``d``: "kl" is KL(target || student), "reverse" KL(student || target), "js" Jensen-Shannon; "ce" is cross-entropy
+    against the target's most likely class (against its probabilities it would have KL's gradient); "mse" and "cosine"
+    compare logits. ``temperature`` divides the logits; the distance is multiplied by its square. Only tensors that
     fine-tuning moved are trained, so frozen embeddings stay frozen; batch norms keep the expert's running statistics.
+
+    overlap  classes of other heads whose row is nearly one of the own head's (cosine at least this, all heads' mean row
+             taken off) take no part in the other term: both terms cannot have them. Above 1: never
+    form     the other term without knowing all heads: "rows" keeps the base's normalised features in the span of the
+             other heads' rows, "features" keeps them altogether; both times the own head's row norm, squared, halved
+    sample   this many other heads a step, drawn anew, instead of all (0)
+    only     patterns of the tensors that are trained, with commas; rank: a change B A of each matrix instead of itself
+    pull     adds ``pull |theta - expert|^2 / |expert - base|^2``
+
     The targets are computed once: a step costs one forward and one backward of the student. A share ``held_out`` of
     the inputs (at most 256) is kept to tell when it has stopped helping: training ends after ``patience`` checks without
     a new best, and the best weights are returned.
@@ -61,6 +77,7 @@ def ri(
     Source: Resolving Interference (arXiv 2603.13467), section 5, algorithm 1.
     """
     check(steps=steps, lr=lr, alpha=alpha, batch=batch, distance=distance, held_out=held_out)
+    check(temperature=temperature, form=form, sample=sample, overlap=overlap, rank=rank, pull=pull)
     if own not in heads:
         raise HeadError(f"expert '{own}' has no head of that name; heads: {', '.join(heads)}")
     kept, used, order = _split(inputs, steps, batch, held_out, seed)
@@ -70,7 +87,9 @@ def ri(
     def targets(done: int, total: int) -> None:
         _tick(0, targets=done / total)
 
-    twins = _Twins(heads, own, alpha, distance)
+    hidden = {name: same for name, (same, _) in overlapping(heads, own, overlap).items()} if form == "heads" else {}
+    how: dict[str, Any] = {"distance": distance, "temperature": temperature, "form": form, "sample": sample}
+    twins = Twins(heads, own, alpha=alpha, hidden=hidden, **how)
     twins.remember(
         everything,
         len(inputs),
@@ -80,17 +99,21 @@ def ri(
     names = [n for n in expert if n in base and expert[n].is_floating_point() and not torch.equal(expert[n], base[n])]
     fixed = bound(encoder, expert)
     prefix = getattr(encoder, "prefix", "")
-    params = {n: expert[n].detach().float().clone() for n in names if prefix + n in fixed and not is_statistic(n)}
-    fixed = {n: t for n, t in fixed.items() if n.removeprefix(prefix) not in params}
+    names = [n for n in names if prefix + n in fixed and not is_statistic(n)]
+    moving = Moving(expert, chosen(names, only), rank=rank, seed=seed)
+    params = moving.params
+    fixed = {n: t for n, t in fixed.items() if n.removeprefix(prefix) not in moving.start}
+    moves = {n: expert[n] - base[n] for n in moving.start} if pull else {}
     encoder.eval()
 
     def student(at: Tensor) -> Tensor:
-        weights = fixed | {prefix + n: t for n, t in params.items()}
+        weights = fixed | {prefix + n: t for n, t in moving.weights(params).items()}
         with precision(_precision):
             return torch.func.functional_call(encoder, weights, (take(inputs, at),)).float()
 
     def loss(at: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return twins(at, student(at))
+        value, terms = twins(at, student(at))
+        return (value + pull * moving.pull(params, moves) if pull else value), terms
 
     @torch.no_grad()
     def held() -> dict[str, float]:
@@ -107,7 +130,8 @@ def ri(
     )
     if _log is not None:
         write_log(_log, history)
-    return {n: best[n].to(expert[n].dtype) if n in best else expert[n] for n in expert}
+    adapted = moving.weights(best)
+    return {n: adapted[n].to(expert[n].dtype) if n in adapted else expert[n] for n in expert}
 
 
 def check(**knobs: Any) -> None:
@@ -119,54 +143,17 @@ def check(**knobs: Any) -> None:
         raise ValueError(f"alpha must not be negative, got {knobs['alpha']}")
     if knobs.get("distance", "kl") not in DISTANCES:
         raise ValueError(f"distance must be one of {', '.join(DISTANCES)}, got '{knobs['distance']}'")
+    if not knobs.get("temperature", 1) > 0:
+        raise ValueError(f"temperature must be positive, got {knobs['temperature']}")
+    if knobs.get("form", "heads") not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(FORMS)}, got '{knobs['form']}'")
+    for name in ("sample", "rank", "pull"):
+        if knobs.get(name, 0) < 0:
+            raise ValueError(f"{name} must not be negative, got {knobs[name]}")
+    if not knobs.get("overlap", 1) > 0:
+        raise ValueError(f"overlap must be positive, got {knobs['overlap']}")
     if not 0 <= knobs.get("held_out", 0) < 1:
         raise ValueError(f"held_out must lie in [0, 1), got {knobs['held_out']}")
-
-
-class _Twins:
-    """The two distillation terms over all heads at once: one concatenated matmul, one target row per input."""
-
-    def __init__(self, heads: Mapping[str, AnyHead], own: str, alpha: float, distance: str):
-        self.heads, self.own, self.distance = heads, own, distance
-        self.others = max(1, len(heads) - 1)
-        self.alpha = alpha
-        self.stacked = Stacked(heads)
-
-    def remember(self, at: Tensor, n: int, base: Tensor, expert: Tensor) -> None:
-        """Keep the features of base and expert for the inputs ``at``."""
-        check_width(self.heads, base.shape[1])
-        self.row = torch.full((n,), -1, dtype=torch.int64)
-        self.row[at] = torch.arange(len(at))
-        self.base, self.expert = base, expert
-        self.stacked(base[:1])
-        start = sum(self.stacked.sizes[: list(self.heads).index(self.own)])
-        self.slice = slice(start, start + self.stacked.sizes[list(self.heads).index(self.own)])
-
-    @torch.no_grad()
-    def targets(self, at: Tensor) -> Float[Tensor, "batch all_classes"]:
-        """Return logits: the expert's under its own head, the base's under every other."""
-        row = self.row[at]
-        logits = self.stacked(self.base[row])
-        logits[:, self.slice] = self.heads[self.own](self.expert[row])
-        return logits
-
-    def __call__(self, at: Tensor, x: Float[Tensor, "batch width"]) -> tuple[Tensor, dict[str, Tensor]]:
-        each = self._distances(self.targets(at), self.stacked(x))
-        own = each[:, self.slice].sum(dim=1).mean()
-        others = (each.sum(dim=1).mean() - own) / self.others
-        return own + self.alpha * others, {"own": own.detach(), "others": others.detach()}
-
-    def _distances(self, target: Tensor, logits: Tensor) -> Float[Tensor, "batch all_classes"]:
-        """Return each class's share of its head's distance; a head's classes sum to the distance."""
-        sizes = self.stacked.sizes
-        if self.distance == "mse":
-            return (logits - target).square() / torch.tensor(sizes).repeat_interleave(torch.tensor(sizes))
-        log_q = self.stacked.log_softmax(logits)
-        if self.distance == "ce":
-            hard = [nn.functional.one_hot(t.argmax(dim=1), t.shape[1]) for t in target.split(sizes, dim=1)]
-            return -torch.cat(hard, dim=1) * log_q
-        log_p = self.stacked.log_softmax(target)
-        return log_p.exp() * (log_p - log_q)
 
 
 def _split(
