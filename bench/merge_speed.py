@@ -105,8 +105,8 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def run(command: list[str], threads: int) -> Run:
-    """Run a command to its end and account for it."""
+def run(command: list[str], threads: int, most: float | None = None) -> Run:
+    """Run a command to its end, or kill it after ``most`` seconds, and account for it."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         environment.pop(name, None)
@@ -118,9 +118,15 @@ def run(command: list[str], threads: int) -> Run:
         stop, peaks = threading.Event(), [0.0]
         watcher = threading.Thread(target=watch, args=(process.pid, stop, peaks))
         watcher.start()
+        clock = threading.Timer(most or 0, process.kill)
+        if most:
+            clock.start()
         _, status, used = os.wait4(process.pid, 0)
         wall = time.perf_counter() - started
+        clock.cancel()
         process.returncode = os.waitstatus_to_exitcode(status)
+        if most and wall >= most and process.returncode == -9:
+            process.returncode = 0  # stopped: it costs more than what is accounted for
         stop.set()
         watcher.join()
         printed.seek(0)
@@ -208,7 +214,8 @@ def cases() -> list[Case]:
 class Bench:
     """Where things are, and how a case becomes commands."""
 
-    def __init__(self, data: Path, peers: Path, work: Path, merganser: str):
+    def __init__(self, data: Path, peers: Path, work: Path, merganser: str, most: float | None = None):
+        self.most = most
         self.data, self.peers, self.work, self.merganser = data.absolute(), peers.absolute(), work, merganser
 
     def models(self, case: Case) -> list[str]:
@@ -248,7 +255,7 @@ class Bench:
     def once(self, case: Case, way: str) -> Run:
         out = self.work / way
         shutil.rmtree(out, ignore_errors=True)
-        result = run(self.ways(case)[way](out), case.threads)
+        result = run(self.ways(case)[way](out), case.threads, self.most if way == "peer" else None)
         shutil.rmtree(out, ignore_errors=True)
         return result
 
@@ -268,6 +275,8 @@ class Bench:
                     return {**row, **failure(way, case.peer, done[way])}
             rounds.append(done)
         row |= {"state": "measured", "threads": case.threads, "repeats": repeats}
+        if self.most and any(done["peer"].wall >= self.most for done in rounds if "peer" in done):
+            row["stopped"] = self.most  # the peer's seconds and memory are lower bounds, ratios upper ones
         row["runs"] = [
             {way: {k: v for k, v in asdict(r).items() if k not in ("said", "status")} for way, r in done.items()}
             for done in rounds
@@ -360,6 +369,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="a JSON file for everything measured, written after every case")
     parser.add_argument("--table", type=Path, help="print the table of such a file and do nothing else")
+    parser.add_argument("--stop-peer", type=float, help="seconds after which a peer is stopped; it then counts as more")
     parser.add_argument("--accuracy", action="store_true", help="compare the outputs instead of the times")
     parser.add_argument("--merganser", default=str(Path(sys.executable).parent / "merganser"))
     parser.add_argument("--list", action="store_true", help="name the cases and do nothing else")
@@ -376,7 +386,7 @@ def main() -> None:
         parser.error("--data is needed")
     with tempfile.TemporaryDirectory(dir=told.work or told.data, prefix=".bench-") as work:
         peers = told.peers or told.data.absolute().parent / "peers"
-        bench = Bench(told.data, peers, Path(work), told.merganser)
+        bench = Bench(told.data, peers, Path(work), told.merganser, told.stop_peer)
         if told.accuracy:
             from accuracy import report
 

@@ -113,12 +113,13 @@ def speed(told: Told) -> str:
         missed = [
             f"{k} {c['found']:.3g} of {c['at most']:.3g}" for k, c in row["claims"].items() if c["found"] > c["at most"]
         ]
+        over, under = ("> ", "< ") if row.get("stopped") else ("", "")
         anon = [f"{row['anon'][who]['max']:.0f}" if who in row["anon"] else "–" for who in ("ours", "peer")]
         rows.append([
             row["case"], row["set"] or "–", row["peer"] or "–", what,
-            f"{row[what]['ours']['median']:.2f}", f"{row[what]['peer']['median']:.1f}" if row["peer"] else "–",
-            f"{ratio['median']:.3f}{span}" if ratio else "–", f"{claim:g}" if claim else "–", *anon, str(row["repeats"]),
-            "; ".join(missed) or "–",
+            f"{row[what]['ours']['median']:.2f}", over + f"{row[what]['peer']['median']:.1f}" if row["peer"] else "–",
+            under + f"{ratio['median']:.3f}{span}" if ratio else "–", f"{claim:g}" if claim else "–", *anon,
+            str(row["repeats"]), "; ".join(missed) or "–",
         ])  # fmt: skip
     head = [
         "case",
