@@ -36,6 +36,7 @@ import records  # noqa: E402
 
 Told = dict[str, Any]
 RANK = 16
+ROUNDING = 1e-6  # of a tensor's length
 ADAPTED = (
     "attention.self.query.weight",
     "attention.self.key.weight",
@@ -349,14 +350,19 @@ def short(settings: Any) -> str:
 
 
 def distance(base: Mapping[str, Tensor], ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Told:
-    """Return ||ours - theirs|| / ||theirs - base||: of the whole model and the largest of a tensor, with its name."""
+    """Return ||ours - theirs|| / ||theirs - base||: of the whole model and the largest of a tensor, with its name.
+
+    A tensor that both left in place but for rounding counts in neither.
+    """
     apart, moved, largest, where = 0.0, 0.0, 0.0, ""
     for name, origin in base.items():
         if not origin.is_floating_point():
             continue
-        a, b = ours[name].double(), theirs[name].double()
-        off, way = float((a - b).norm()), float((b - origin.double()).norm())
-        ratio = off / way if way else (math.inf if off else 0.0)
+        a, b, o = (weights[name].double() for weights in (ours, theirs, base))
+        off, way, own = (float(x.norm()) for x in (a - b, b - o, a - o))
+        if max(way, own) <= ROUNDING * float(o.norm()):
+            continue
+        ratio = off / way if way else math.inf
         apart, moved = apart + off**2, moved + way**2
         if ratio > largest or math.isnan(ratio):
             largest, where = ratio, name

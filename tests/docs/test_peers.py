@@ -98,6 +98,12 @@ def test_distance_is_relative_to_the_update(bench):
     assert bench.distance(base, theirs, theirs)["largest"] == 0
 
 
+def test_distance_leaves_out_what_rounding_moved(bench):
+    base = {"a": torch.ones(4), "b": torch.ones(4)}
+    theirs = {"a": base["a"] * (1 + 2e-7), "b": base["b"] * 2}
+    assert bench.distance(base, {"a": base["a"], "b": theirs["b"]}, theirs)["largest"] == 0
+
+
 def test_missing_environment_is_told_with_its_remedy(bench, tmp_path):
     with pytest.raises(SystemExit, match=r"install.py mergekit --to"):
         bench.need(tmp_path, ["mergekit"])
