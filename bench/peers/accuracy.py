@@ -45,6 +45,7 @@ ADAPTED = (
 )
 FROZEN = ["embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight",
           "embeddings.token_type_embeddings.weight", "pooler.dense.weight"]  # fmt: skip
+EQUAL = "of entries exactly as large as the threshold it keeps any, we the first in memory"
 OURS = "import sys; from merganser.cli import main; sys.exit(main())"
 VERSION = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]))"
 PACKAGES = {"mergekit": "mergekit", "fusion_bench": "fusion-bench", "peft": "peft"}
@@ -91,7 +92,7 @@ def mergekit_cases() -> list[Case]:
     return [
         case("linear", "average", method="linear", base=None, each=one),
         case("task_arithmetic", "task_arithmetic | scale(by=0.3)", method="task_arithmetic", each=one, shared=by),
-        case("ties", 'ties(density=0.2, scope="tensor", equal="first")', **ties),
+        case("ties", 'ties(density=0.2, scope="tensor", equal="first")', EQUAL, **ties),
         case("ties, paper", "ties(density=0.2)", "mergekit trims each tensor, the paper the whole model", **ties),
         case("dare_linear", f"{dare} | task_arithmetic | scale(by=0.3)", method="dare_linear", each=half, shared=by, **dice),
         case("dare_ties", f'{dare} | ties(density=1.0, merge="sum") | scale(by=0.3)', method="dare_ties", each=half,
@@ -155,10 +156,10 @@ def peft_cases() -> list[Case]:
         case("svd, full rank", total, combination_type="svd", weight=0.3, **full),
         case("svd", total, cut, combination_type="svd", weight=0.3),
         case("linear", total, apart, combination_type="linear", weight=0.3),
-        case("ties_svd, full rank", ties, combination_type="ties_svd", weight=1.0, density=0.2, **full),
+        case("ties_svd, full rank", ties, EQUAL, combination_type="ties_svd", weight=1.0, density=0.2, **full),
         case("ties_svd", ties, cut, combination_type="ties_svd", weight=1.0, density=0.2),
         case("ties", ties, apart, combination_type="ties", weight=1.0, density=0.2),
-        case("magnitude_prune_svd, full rank", f'trim(density=0.2, scope="tensor", equal="first") | {total}',
+        case("magnitude_prune_svd, full rank", f'trim(density=0.2, scope="tensor", equal="first") | {total}', EQUAL,
              combination_type="magnitude_prune_svd", weight=0.3, density=0.2, **full),
         case("dare_linear_svd, full rank", f"dare(keep=0.2) | {total}", "other dice", True,
              combination_type="dare_linear_svd", weight=0.3, density=0.2, **full),
@@ -309,16 +310,17 @@ class Bench:
             raise MergeError(f"{folder}: no tensor '{missing[0]}'")
         return {n: (found[n].to(t.dtype) if t.is_floating_point() else t) for n, t in base.items()}
 
-    def score(self, weights: Mapping[str, Tensor]) -> Told:
-        """Return score and predictions of every task; the same weights are not scored twice."""
+    def score(self, weights: Mapping[str, Tensor], only: str | None = None) -> Told:
+        """Return score and predictions of every task, or of one; the same weights are not scored twice."""
         from merganser.card import digest, read_json, write_json
         from merganser.evaluate.run import Model, evaluate
 
-        path = self.to / "scores" / f"{short([digest(weights), self.key])}.json"
+        path = self.to / "scores" / f"{short([digest(weights), self.key, *([only] if only else [])])}.json"
         found = read_json(path)
         if found is None:
             ready = self.ready
-            scores = evaluate(Model(ready.encoder, weights, ready.heads, ready.kind), ready.test)
+            tasks = {name: task for name, task in ready.test.items() if only in (None, name)}
+            scores = evaluate(Model(ready.encoder, weights, ready.heads, ready.kind), tasks)
             found = {n: {"score": o.score, "predictions": o.predictions.tolist()} for n, o in scores.items()}
             path.parent.mkdir(exist_ok=True)
             write_json(path, found)
@@ -432,22 +434,14 @@ def versions(bench: Bench, peers: Sequence[str]) -> dict[str, str]:
 
 def ends(bench: Bench, adapters: bool) -> Told:
     """Return what the base scores, what every expert scores on its own task, and so for experts cut to adapters."""
-    from merganser.weights.open import open_weights
 
     def own(weights: Mapping[str, Mapping[str, Tensor]]) -> float:
-        from merganser.evaluate.run import Model, evaluate
-
-        ready, total = bench.ready, 0.0
-        for name, one in weights.items():
-            model = Model(ready.encoder, one, ready.heads, ready.kind)
-            total += evaluate(model, {name: ready.test[name]})[name].score
-        return total / len(weights)
+        return sum(bench.score(one, name)[name]["score"] for name, one in weights.items()) / len(weights)
 
     base = bench.score(bench.ready.base)
     found = {"base": sum(t["score"] for t in base.values()) / len(base), "experts": own(bench.ready.experts)}
     if adapters:
-        dense = {n: open_weights(bench.inputs / "dense" / n) for n in bench.names}
-        found["adapters"] = own({n: {**bench.ready.base, **{k: w[k] for k in w}} for n, w in dense.items()})
+        found["adapters"] = own({n: bench.weights(bench.inputs / "dense" / n) for n in bench.names})
     return found
 
 
