@@ -46,6 +46,7 @@ ADAPTED = (
 FROZEN = ["embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight",
           "embeddings.token_type_embeddings.weight", "pooler.dense.weight"]  # fmt: skip
 EQUAL = "of entries exactly as large as the threshold it keeps any, we the first in memory"
+BAND = "of entries exactly as large as a limit it keeps any, we all"
 OURS = "import sys; from merganser.cli import main; sys.exit(main())"
 VERSION = "import sys; from importlib.metadata import version; print(*map(version, sys.argv[1:]))"
 PACKAGES = {"mergekit": "mergekit", "fusion_bench": "fusion-bench", "peft": "peft"}
@@ -100,10 +101,10 @@ def mergekit_cases() -> list[Case]:
         case("della", f"{della} | ties(density=1.0)", method="della", each=half, **dice),
         case("della_linear", f"{della} | task_arithmetic | scale(by=0.3)", method="della_linear", each=half, shared=by,
              **dice),
-        case("breadcrumbs", "breadcrumbs(density=0.9, gamma=0.01) | task_arithmetic | scale(by=0.3)", method="breadcrumbs",
-             each=crumbs, shared=by),
+        case("breadcrumbs", "breadcrumbs(density=0.9, gamma=0.01) | task_arithmetic | scale(by=0.3)", BAND,
+             method="breadcrumbs", each=crumbs, shared=by),
         case("breadcrumbs_ties", 'breadcrumbs(density=0.9, gamma=0.01) | ties(density=1.0, merge="sum") | scale(by=0.3)',
-             method="breadcrumbs_ties", each=crumbs, shared=by),
+             BAND, method="breadcrumbs_ties", each=crumbs, shared=by),
         case("sce", "sce(density=0.1, floor=1e-6)", method="sce", shared={"select_topk": 0.1}),
         case("model_stock", "model_stock(floor=1e-6)", method="model_stock"),
         case("karcher", "karcher", method="karcher", base=None),
