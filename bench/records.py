@@ -5,8 +5,8 @@
     python bench/records.py --add RUN --as NAME  take a run's scores.json in as docs/results/NAME.json
 
 docs/results/records.toml lists the records: ``title``, ``kind`` ("suite": a run's scores.json, "speed": what
-merge_speed.py writes, "rows": a table in the file itself), ``file``, ``command``, ``about`` (before the tables) and
-``notes`` (after them).
+merge_speed.py writes, "peers": what peers/accuracy.py writes, "rows": a table in the file itself), ``file``,
+``command``, ``about`` (before the tables) and ``notes`` (after them).
 
 README.md and the pages in docs show results between two comments, "results: FILE" and "end of results", which this
 fills with the gains of a suite's tuned rows.
@@ -138,11 +138,37 @@ def speed(told: Told) -> str:
     return table(head, rows)
 
 
+def peers(told: Told) -> str:
+    """Return a line for each merge done by a peer and by us on the same experts."""
+    lines = []
+    for row in told["rows"]:
+        head = [row["peer"], row["case"], f"`{row['sentence']}`"]
+        if "failed" in row:
+            lines.append([*head, "–", "–", "–", "–", "–", "–", f"failed: {row['failed']}"])
+            continue
+        largest, seeds, note = row["largest"], row.get("seeds", []), [row["note"]] if row["note"] else []
+        if len(seeds) > 1:
+            note.append(f"ours over {len(seeds)} seeds {points(min(seeds))} to {points(max(seeds))}")
+        lines.append([
+            *head, points(row["ours"]), points(row["theirs"]), f"{100 * row['difference']:+.2f}",
+            f"{signed(largest['difference'])} ({largest['task']})" if largest["difference"] else "0",
+            f"{100 * row['same predictions']:.1f} %", "–" if row["dice"] else f"{row['weights']['largest']:.1e}",
+            "; ".join(note) or "–",
+        ])  # fmt: skip
+    head = [
+        "peer", "its method", "our sentence", "ours", "its", "difference", "largest of a task", "same predictions",
+        "weights differ", "why",
+    ]  # fmt: skip
+    ends = ", ".join(f"{name} {points(value)}" for name, value in told["ends"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(told["versions"].items()))
+    return f"Mean over {len(told['tasks'])} tasks: {ends}. Versions: {versions}.\n\n{table(head, lines)}"
+
+
 def rows(told: Told) -> str:
     return table(told["head"], [[str(cell) for cell in row] for row in told["rows"]])
 
 
-KINDS: dict[str, Callable[[Told], str]] = {"suite": suite, "speed": speed, "rows": rows}
+KINDS: dict[str, Callable[[Told], str]] = {"suite": suite, "speed": speed, "rows": rows, "peers": peers}
 
 
 SHOWN = re.compile(r"(<!-- results: (\S+\.json) -->\n).*?(<!-- end of results -->)", re.DOTALL)

@@ -34,7 +34,7 @@ def install(name: str, to: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", default=["mergekit", "fusion_bench"])
+    parser.add_argument("names", nargs="*", default=["mergekit", "fusion_bench", "peft"])
     parser.add_argument("--to", type=Path, required=True)
     told = parser.parse_args()
     for name in told.names:
