@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from itertools import repeat
 from operator import add
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ from .models.statistics import is_statistic
 from .parallel import in_order, one_thread_each
 from .progress import Progress, silent
 from .sentence import Sentence, Step, find, takes
-from .weights.header import header, shape_of
+from .weights.header import factors, header, shape_of, touches
 from .where import Where
 
 CUT = 1 << 17  # entries; a multiple of 16, so that a generator draws for cuts what it draws for the whole tensor
@@ -72,6 +73,10 @@ class Job:
             return (Step("average", *find("average")),)
         experts = tuple(self.experts)
         return tuple(step.for_experts(experts) for step in self.where.resolve(self.sentence, name).steps)
+
+    def touched(self, name: str) -> bool:
+        """Tell whether an expert may have moved a tensor; adapters know what they leave alone."""
+        return any(touches(weights, name) for weights in self.experts.values())
 
     def sizes(self, names: Sequence[str]) -> list[int]:
         """Return the number of entries of each tensor."""
@@ -157,6 +162,8 @@ def _sums(
 
 def _look(job: Job, name: str, i: int, look: Any, learned: list, surveys: Surveys) -> Any:
     """Return what one look sees in one tensor at step ``i``; None if no expert has moved it."""
+    if not job.touched(name):
+        return None
     total: Any = None
     moved = False
     wanted = takes(look)
@@ -190,6 +197,9 @@ def through(job: Job, name: str, upto: int | None, surveys: Surveys, *, zeros: b
     A piece's value is None where no expert has moved anything; with ``zeros`` it is (value, moved), moved or not. The
     value may lie in a buffer that the next piece overwrites.
     """
+    if not zeros and not job.touched(name):
+        yield from _copied(job, name)
+        return
     steps = job.steps(name)
     if upto is not None and len(steps) < upto:
         upto = len(steps)
@@ -206,6 +216,14 @@ def through(job: Job, name: str, upto: int | None, surveys: Surveys, *, zeros: b
             yield Piece(at, origin, base, value if moved else None)
         else:
             yield Piece(at, origin, base, None)
+
+
+def _copied(job: Job, name: str) -> Iterator[Piece]:
+    """Yield a tensor that no expert touches: only the base's is read."""
+    for k, stored in enumerate(job.base[name].reshape(-1).split(CUT)):
+        if job.seen:
+            job.seen("base", name, k * CUT, stored)
+        yield Piece(k * CUT, stored, stored, None)
 
 
 def _tensor_surveys(job: Job, name: str, steps: Sequence[Step], upto: int, surveys: Surveys) -> list[Any]:
@@ -318,22 +336,25 @@ def read(
     that the next piece overwrites. Raises WeightsError, naming tensor and model, at a value that is not finite.
     """
     origin = job.base[name].reshape(-1)
-    thetas = [weights[name].reshape(-1) for weights in job.experts.values()]
     numel, kind = origin.numel(), torch.float64 if origin.dtype == torch.float64 else torch.float32
     step = max(1, min(cut or numel, numel))
-    buffer = torch.empty(len(thetas), step, dtype=kind)
+    parts = [_parts(weights, name, step) for weights in job.experts.values()]
+    buffer = torch.empty(len(parts), step, dtype=kind)
     rows = list(buffer)
     at = 0
     # splitting once is a tenth of the time of slicing each piece
-    for stored, *pieces in zip(origin.split(step), *(theta.split(step) for theta in thetas), strict=True):
+    for stored, *pieces in zip(origin.split(step), *parts, strict=False):
         n = stored.numel()
         base = stored.to(kind)
         if job.seen:
             job.seen("base", name, at, stored)
-        for row, piece, expert in zip(rows, pieces, job.experts, strict=True):
+        for row, (piece, whole), expert in zip(rows, pieces, job.experts, strict=True):
+            out = row if n == step else row[:n]
+            if not whole:  # a delta, or None where the expert leaves the tensor alone
+                out.zero_() if piece is None else out.copy_(piece)
+                continue
             if job.seen:
                 job.seen(expert, name, at, piece)
-            out = row if n == step else row[:n]
             # copying first, then subtracting in place, is faster than a subtraction of two dtypes
             torch.sub(piece, base, out=out) if piece.dtype == kind else out.copy_(piece).sub_(base)
         deltas = buffer if n == step else buffer[:, :n]
@@ -342,9 +363,19 @@ def read(
             _check_finite(job, name, deltas)
         moved = total != 0 or bool(deltas.any())
         if cut is None:
-            base, deltas = base.reshape(shape), deltas.reshape(len(thetas), *shape)
+            base, deltas = base.reshape(shape), deltas.reshape(len(parts), *shape)
         yield at, stored, base, deltas, moved
         at += n
+
+
+def _parts(weights: Mapping[str, Tensor], name: str, step: int) -> Iterator[tuple[Any, bool]]:
+    """Yield an expert's tensor in pieces, or where it is known (an adapter's) what it adds to the base's; and which."""
+    if not touches(weights, name):
+        return repeat((None, False))
+    low = factors(weights, name)
+    if low is not None:
+        return ((piece, False) for piece in low.pieces(step))
+    return ((piece, True) for piece in weights[name].reshape(-1).split(step))
 
 
 def _check_finite(job: Job, name: str, deltas: Tensor) -> None:

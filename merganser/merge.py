@@ -19,6 +19,7 @@ from .examine import How, Ingredients, examine
 from .fingerprint import Seen
 from .loop import Job, Piece, is_float, merge_each, survey
 from .progress import Progress, silent
+from .weights.adapter import Adapted
 from .weights.header import folder_of
 from .weights.hub import name_of
 from .weights.open import Source
@@ -191,6 +192,7 @@ def hashes(jobs: Sequence[Job], seen: Seen, share: Share | None = None) -> dict[
     for job in jobs:
         for who, weights in {"base": job.base, **job.experts}.items():
             if not getattr(weights, "made_up", False):  # a base of zeros is nobody's input
+                weights = weights.adapter if isinstance(weights, Adapted) else weights  # what it adds is what was read
                 mine = {n: seen.of(who, n, weights[n]) for n in weights if share is None or share.holds(n)}
                 found.setdefault(who, {}).update(mine)
     return found
@@ -224,4 +226,6 @@ def identity(weights: Mapping[str, Tensor]) -> Any:
         return [files, {n: [e.dtype, *e.shape] for n, e in weights.entries.items()}]
     if isinstance(weights, Renamed):
         return [identity(weights.weights), dict(weights.names)]
+    if isinstance(weights, Adapted):
+        return [identity(weights.adapter.weights), weights.adapter.config]
     return digest(weights)

@@ -44,7 +44,7 @@ def refuse_overwriting(folder: str | Path, *sources: Any) -> None:
     """Raise WeightsError if ``folder`` is where one of the ``sources`` lies: writing would destroy what is read."""
     target = Path(folder).resolve()
     for source in sources:
-        path = source.path if isinstance(source, Stored) else source
+        path = getattr(source, "path", source)
         if isinstance(path, str | Path) and target in (Path(path).resolve(), Path(path).resolve().parent):
             raise WeightsError(f"{folder} holds an input ({path}); give another folder for the result")
 
