@@ -16,6 +16,7 @@ from .examine import How, Ingredients, asked_by, examine, open_ingredients, try_
 from .findings import Findings
 from .forecast import existing, free_disk, nbytes, numbers, writable
 from .sentence import parse
+from .weights.delta import over
 from .weights.header import WHOLE, Head, Headers, Weights, folder_of, header, matches
 from .weights.open import Source, named, open_headers
 from .weights.save import refuse_overwriting
@@ -360,7 +361,8 @@ def _models(found: Findings, recipe: Any) -> None:
     sources: dict[str, Weights] = {}
     for who, path in {"": recipe.model.base, **recipe.experts}.items():
         with found.gather(_who(who)):
-            sources[who] = open_headers(path)
+            opened = open_headers(path)
+            sources[who] = over(sources[""], opened) if who and "" in sources else opened
     compare(found, sources, recipe.own)
     if "" not in sources or len(sources) < 2:
         return

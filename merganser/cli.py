@@ -367,12 +367,13 @@ def evaluate(
     from .evaluate.table import summary
     from .prepare import prepare
     from .recipe import read_recipe
+    from .weights.delta import over
     from .weights.open import check_match, open_weights
 
     ready = prepare(read_recipe(recipe))
     found = {}
     for path in models:
-        weights = open_weights(path)
+        weights = over(ready.whole, open_weights(path))
         check_match(ready.base, {str(path): weights}, ready.recipe.own)
         found[str(path)] = summary(evaluate(Model(ready.encoder, weights, ready.heads, ready.kind), ready.test))
     if as_json:

@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .card import read_json
 from .errors import MerganserError, SentenceError, did_you_mean
 from .findings import Findings
 from .loop import Ingredient, Job, is_float, merge_each, survey
 from .sentence import Sentence, Step, find, parse, step_of, words_of
-from .weights.header import matches
+from .weights.adapter import Adapter
+from .weights.header import folder_of, matches
+from .weights.hub import name_of as hub_name
 from .weights.match import Matched, match
 from .weights.open import Source, Weights, named, open_weights
 from .weights.parts import check_part
@@ -78,6 +81,7 @@ def examine(
             check_part(part)
             if into is None:
                 raise SentenceError("part=(k, n) writes a part of the model, so it needs into=FOLDER")
+    _adapters(found, base, sources)
     for source in sources.values() if into is not None else ():
         with found.gather("output"):
             refuse_overwriting(into or "", source)
@@ -103,6 +107,31 @@ def examine(
         return Examined(found, sources, sentence, None)
     job = Job(matched.base, matched.experts, sentence, names, seed, extra, varied, matched.alike)
     return Examined(found, sources, sentence, Ready(job, matched, target))
+
+
+def _adapters(found: Findings, base: Source, sources: Mapping[str, Weights]) -> None:
+    """Take down an adapter in the base's place, and warn of adapters that name another base than this one."""
+    if isinstance(sources.get(""), Adapter):
+        found.error(f"{base} is an adapter", "base", "give the model it was trained on as the base")
+        return
+    known = base_names(base, sources.get("", {}))
+    for who, weights in sources.items():
+        said = str(weights.config.get("base_model_name_or_path") or "") if isinstance(weights, Adapter) else ""
+        if said and known and Path(said).name.lower() not in known:
+            found.warn(
+                f"the adapter says its base is '{said}'", f"expert '{who}'",
+                f"if that is not the model in {base}, the merge is none",
+            )  # fmt: skip
+
+
+def base_names(base: Source, weights: Weights) -> set[str]:
+    """Return the names under which an adapter may know a base, without the organisation; none for one in memory."""
+    folder = folder_of(weights) or (folder_of(base) if isinstance(base, str | Path) else None)
+    if folder is None:
+        return set()
+    told = (read_json(folder / "config.json") or {}).get("_name_or_path") or ""
+    known = (base if isinstance(base, str | Path) else folder, folder.resolve(), hub_name(folder) or "", told)
+    return {Path(str(name).partition("@")[0]).name.lower() for name in known if str(name)}
 
 
 def _sentence(found: Findings, how: How, experts: Sequence[str]) -> Sentence | None:

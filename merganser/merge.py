@@ -5,6 +5,7 @@ how it came to be.
 """
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +75,8 @@ def merge(
         vocabulary=vocabulary, dtype=dtype, stored=stored,
     )  # fmt: skip
     found.tell()
+    for one in found.warnings:
+        warnings.warn(str(one), stacklevel=2)
     assert ready is not None
     job = ready.job
     card = {

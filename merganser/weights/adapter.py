@@ -197,7 +197,8 @@ class Adapted(View):
             (n, self.adapter.shape(m)) for n, m in self.modules.items() if self.adapter.modules[m].kind == "linear"
         ]
         linear = [(name, shape) for name, shape in linear if name in self.base]
-        told = {name: header(self.base, name)[1] != shape for name, shape in linear if shape[0] != shape[1]}
+        lies = {name: header(self.base, name)[1] for name, _ in linear}
+        told = {n: lies[n] != s for n, s in linear if s[0] != s[1] and lies[n] in (s, s[::-1])}
         square = {name for name, shape in linear if shape[0] == shape[1]}
         if square and len(set(told.values())) > 1:
             raise WeightsError(
@@ -327,7 +328,7 @@ def _pattern(config: Mapping[str, Any], key: str, module: str, default: str) -> 
     return config.get(default, 8)
 
 
-class _aligned:  # noqa: N801  (called like a function)
+class _aligned:
     """The base's name of a tensor of the adapter: a prefix that only one side has is left out or put before it."""
 
     def __init__(self, names: Iterable[str], base: Weights):

@@ -46,11 +46,15 @@ def shape_of(weights: Weights, name: str) -> tuple[int, ...]:
 
 def touches(weights: Weights, name: str) -> bool:
     """Tell whether a tensor may differ from that of the base that ``weights`` are a view over; True where there is none."""
+    if isinstance(weights, Renamed):
+        return touches(weights.weights, weights.names[name])
     return not isinstance(weights, View) or weights.touches(name)
 
 
 def factors(weights: Weights, name: str) -> "Factors | None":
     """Return what a tensor adds to its base's as a product of two matrices, None where it is not known as one."""
+    if isinstance(weights, Renamed):
+        return factors(weights.weights, weights.names[name])
     return weights.factors(name) if isinstance(weights, View) else None
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 class Conv1D(nn.Module):
     """A linear layer with a weight [in, out]; transformers' own class where it is there, as PEFT knows that one."""
 
-    def __new__(cls, out: int, inner: int):  # noqa: D102
+    def __new__(cls, out: int, inner: int):
         from transformers.pytorch_utils import Conv1D
 
         return Conv1D(out, inner)
