@@ -41,6 +41,22 @@ class Factors(NamedTuple):
     left: "Tensor"  # [rows, rank]
     right: "Tensor"  # [rank, columns]
 
+    @classmethod
+    def zero(cls, shape: tuple[int, ...], kind: "Any") -> "Factors":
+        """Return the product of rank 0 for a tensor of this shape: nothing."""
+        import torch
+
+        return cls(torch.empty(shape[0], 0, dtype=kind), torch.empty(0, math.prod(shape[1:]), dtype=kind))
+
+    @classmethod
+    def sum(cls, parts: "Iterable[Factors]", weights: "Tensor") -> "Factors":
+        """Return the weighted sum of products as one: ``[w_1 B_1 | .. | w_T B_T] [A_1; ..; A_T]``."""
+        import torch
+
+        parts = list(parts)
+        lefts = [part.left * w for part, w in zip(parts, weights.to(parts[0].left.dtype), strict=True)]
+        return cls(torch.cat(lefts, dim=1), torch.cat([part.right for part in parts]))
+
     def pieces(self, step: int) -> "Iterator[Tensor]":
         """Yield the product's entries in a row, ``step`` at a time; never more of it is there at once."""
         rows, columns = self.left.shape[0], self.right.shape[1]
