@@ -37,7 +37,7 @@ SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "max_position_
 
 
 def check(
-    base: Source,
+    base: Source | None,
     experts: Mapping[str, Source] | Sequence[Source] = (),
     how: How = "",
     *,
@@ -50,6 +50,7 @@ def check(
     vocabulary: str | None = None,
     dtype: str | None = None,
     stored: str = "model",
+    rank: int | str | None = None,
 ) -> Findings:
     """Return all that will go wrong with ``merge(...)`` of the same arguments, and what it will do and need.
 
@@ -63,7 +64,7 @@ def check(
             return check_config(base, into)
     told = examine(
         base, experts, how, into=into, own=own, seed=seed, ingredients=ingredients, part=part, where=where,
-        vocabulary=vocabulary, dtype=dtype, stored=stored, opener=open_headers,
+        vocabulary=vocabulary, dtype=dtype, stored=stored, rank=rank, opener=open_headers,
     )  # fmt: skip
     found = told.found
     compare(found, told.sources, own)
@@ -76,7 +77,9 @@ def check(
         found.plan["steps"] = [
             {"step": str(s), "kind": s.kind, "elementwise": s.elementwise} for s in job.sentence.steps
         ]
-        foresee(found, [job], Output(job.base, job.names, target, stored).spec, told.sources, part)
+        plan = told.ready.adapter
+        written = plan.spec if plan is not None else Output(job.base, job.names, target, stored).spec
+        foresee(found, [job], written, told.sources, part)
     remote = {who: w for who, w in told.sources.items() if isinstance(w, Headers)}
     for who, weights in remote.items():
         size = sum(nbytes(header(weights, name)) for name in weights)

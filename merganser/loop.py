@@ -267,10 +267,13 @@ def _aligned(
     job: Job, name: str, run: "_Run", coords: Tensor, restore: Callable[[Tensor], Any], zeros: bool
 ) -> Iterator[Piece]:
     """Yield a tensor whole, by steps that begin with coordinates found from factors."""
-    origin = job.base[name].reshape(-1)
-    if job.seen:
-        job.seen("base", name, 0, origin)
-    base = origin.to(coords.dtype).reshape(run.shape)
+    if job.factored and not any("base" in takes(step.function) for step in run.steps):
+        origin = base = coords.new_zeros(()).expand(run.shape)  # nobody asks for it, so it is not read
+    else:
+        origin = job.base[name].reshape(-1)
+        if job.seen:
+            job.seen("base", name, 0, origin)
+        base = origin.to(coords.dtype).reshape(run.shape)
     value = run(0, base, coords, restore, factored=job.factored and not zeros)
     yield Piece(0, origin, base, (value, True) if zeros else value)
 
@@ -325,11 +328,11 @@ class _Run:
     @property
     def linear(self) -> bool:
         """Whether the merged delta is a weighted sum of the experts' whatever they are: every step says so."""
-        return self.at < len(self.steps) and all(step.hook("LINEAR") for step in self.steps)
+        return self.at < len(self.steps) and stays_linear(self.steps)
 
     def takes_factors(self, zeros: bool) -> bool:
         """Tell whether deltas may come as factors: where all is linear, or an align step stands first that takes them."""
-        return (self.linear and not zeros) or any(map(_by_factors, self.steps[:1]))
+        return (self.linear and not zeros) or any(map(by_factors, self.steps[:1]))
 
     def coefficients(self) -> Tensor:
         """Return the weight of each expert in a linear merge: what becomes of as many unit vectors."""
@@ -339,7 +342,7 @@ class _Run:
     def started(self, held: Sequence[Factors]) -> tuple[Tensor, Callable[[Tensor], Any]] | None:
         """Return the first step's coordinates and way back, found from factors; None where it has no form for them."""
         step = self.steps[0]
-        function = _by_factors(step)
+        function = by_factors(step)
         return None if function is None else named(replace(step, function=function), self.name, held, shape=self.shape)
 
     def __call__(
@@ -374,7 +377,7 @@ class _Run:
                 while restores:
                     value = restores.pop()(value)
                 if isinstance(value, tuple):
-                    stays = factored and all(later.hook("LINEAR") for later in self.steps[k + 1 :])
+                    stays = factored and stays_linear(self.steps[k + 1 :])
                     value = Factors(*value) if stays else Factors(*value).product(self.shape)
                 if not _finite(value):
                     raise SentenceError(f"{step}: makes NaN or inf in tensor '{self.name}'")
@@ -399,7 +402,12 @@ class _Run:
         return value
 
 
-def _by_factors(step: Step) -> Callable[..., Any] | None:
+def stays_linear(steps: Sequence[Step]) -> bool:
+    """Tell whether steps do no more than weigh deltas and add them, which their modules say (``LINEAR = True``)."""
+    return all(step.hook("LINEAR") for step in steps)
+
+
+def by_factors(step: Step) -> Callable[..., Any] | None:
     """Return the form of an align step that takes factors: ``NAME_factors`` beside it."""
     return step.hook(f"{step.function.__name__}_factors") if step.kind == "align" else None
 

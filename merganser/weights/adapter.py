@@ -199,6 +199,8 @@ class Adapted(View):
         self.full = {self.seen_as(name): key for name, key in adapter.full.items()}
         self.biases = {self.seen_as(f"{m}.bias"): m for m, told in adapter.modules.items() if told.bias is not None}
         self.turned = self._turned()
+        if getattr(base, "made_up", False) and (dora := [m for m, told in adapter.modules.items() if told.magnitude]):
+            raise WeightsError(f"{self.path}: '{dora[0]}' is DoRA's, whose change depends on the base; give the base")
         faults = [fault for name in (*self.modules, *self.biases) if (fault := self._fault(name))]
         if faults:
             more = f"; so do {len(faults) - 1} more" if len(faults) > 1 else ""
@@ -215,6 +217,8 @@ class Adapted(View):
         linear = [(name, shape) for name, shape in linear if name in self.base]
         lies = {name: header(self.base, name)[1] for name, _ in linear}
         told = {n: lies[n] != s for n, s in linear if s[0] != s[1] and lies[n] in (s, s[::-1])}
+        if getattr(self.base, "made_up", False):
+            return set()
         square = {name for name, shape in linear if shape[0] == shape[1]}
         if square and len(set(told.values())) > 1:
             raise WeightsError(
@@ -282,9 +286,15 @@ class Adapted(View):
 
     def factors(self, name: str) -> Factors | None:
         """Return the change of a tensor as a product, None where it is none (DoRA, full tensors)."""
-        if name not in self.modules or name in self.full:
-            return None
-        return None if self.adapter.modules[self.modules[name]].magnitude is not None else self._factors(name)
+        return self._factors(name) if self.is_low(name) else None
+
+    def is_low(self, name: str) -> bool:
+        """Tell whether a tensor's change is known as a product."""
+        return (
+            name in self.modules
+            and name not in self.full
+            and self.adapter.modules[self.modules[name]].magnitude is None
+        )
 
     def _factors(self, name: str) -> Factors:
         left, right = self.adapter.factors(self.modules[name], self._kind(name))
@@ -294,6 +304,39 @@ class Adapted(View):
         import torch
 
         return torch.float64 if header(self.base, name)[0] == "F64" else torch.float32
+
+
+class Bare(View):
+    """A base of which nothing is known but what adapters tell: the tensors that they change, zero, in their shapes.
+
+    Enough to merge adapters into an adapter. Modules are assumed to lie as Linear has them; the configs' own flag is kept.
+    """
+
+    made_up = True  # not an input, so it has no fingerprint
+
+    def __init__(self, adapters: "Iterable[Adapter]"):
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for adapter in adapters:
+            for module in adapter.modules:
+                self.shapes.setdefault(f"{module}.weight", adapter.shape(module))
+
+    def __getitem__(self, name: str) -> "Tensor":
+        import torch
+
+        return torch.zeros(()).expand(self.shapes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
+    def header(self, name: str) -> Head:
+        """Return dtype name and shape of a tensor."""
+        return "F32", self.shapes[name]
 
 
 def is_adapter(path: Path) -> bool:

@@ -75,7 +75,10 @@ def write_readme(folder: Path, card: Mapping[str, Any]) -> None:
     """Write the model card the Hub reads: base model, relation, the sentence and where each input came from."""
     front = ["---", TAGS]
     if "base" in card:
-        front += [f"base_model: {json.dumps(card['base'])}", "base_model_relation: merge"]
+        relation = "adapter" if "adapter" in card else "merge"
+        front += [f"base_model: {json.dumps(card['base'])}", f"base_model_relation: {relation}"]
+    if "adapter" in card:
+        front += ["library_name: peft"]
     experts = [name for name in card.get("inputs", {}) if name != "base"]
     kit = card.get("mergekit")
     body = [
@@ -83,6 +86,7 @@ def write_readme(folder: Path, card: Mapping[str, Any]) -> None:
         "",
         f"# Merge of {len(kit['models'])} models" if kit else f"# Merge of {len(experts)} experts",
         "",
+        *([_of_rank(card["adapter"]), ""] if "adapter" in card else []),
         *([f"mergekit's `{kit['method']}`; the config is mergekit_config.yml beside the weights.", ""] if kit else []),
         "Made by [merganser](https://pypi.org/project/merganser/) with",
         "",
@@ -94,3 +98,13 @@ def write_readme(folder: Path, card: Mapping[str, Any]) -> None:
         "",
     ]
     (folder / "README.md").write_text("\n".join(front + body))
+
+
+def _of_rank(told: Mapping[str, Any]) -> str:
+    """Return the sentence on an adapter's rank and what it leaves out."""
+    error = told["error"]
+    return (
+        f"One LoRA adapter of rank {told['rank']}, {told['modules']} modules. Relative error of the merged change: "
+        f"{error['all']:.2g} in all, {error['median']:.2g} in the median module, {error['worst'][1]:.2g} at most "
+        f"({error['worst'][0]})."
+    )
