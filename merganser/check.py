@@ -80,6 +80,9 @@ def check(
         plan = told.ready.adapter
         written = plan.spec if plan is not None else Output(job.base, job.names, target, stored).spec
         foresee(found, [job], written, told.sources, part)
+        if plan is not None:
+            found.plan["kept"] = []
+            found.numbers |= {"tensors": len(plan.slots) + len(plan.full), "merged": len(plan.slots) + len(plan.full)}
     remote = {who: w for who, w in told.sources.items() if isinstance(w, Headers)}
     for who, weights in remote.items():
         size = sum(nbytes(header(weights, name)) for name in weights)
