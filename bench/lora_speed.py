@@ -8,7 +8,8 @@ small   four adapters of rank 16 on 126 modules (a Llama of 18 layers, hidden 76
         turn; ratios are taken round by round. The results are compared module by module.
 knots   eight experts of rank 16 on 768 x 768: the published decomposition (float64, of all deltas side by side) and ours
 big     eight adapters of the shape of a 7B model (32 layers, hidden 4096, keys 1024, mlp 14336), without a base; beside it
-        the sum in full and its decomposition, of one module each of three shapes, from which all 224 are extrapolated
+        the sum in full and its decomposition of two modules (1024 and 4096 x 4096), from which those 128 of the 224 that
+        have these shapes are extrapolated
 
 Adapters are random, so unrelated: the case in which a rank loses most. One thread unless --threads says otherwise.
 """
