@@ -1,6 +1,7 @@
 """A small network with every kind of layer that LoRA changes, and adapters for it written by PEFT or by hand."""
 
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -83,3 +84,43 @@ def write(folder: Path, tensors: dict[str, Tensor], config: dict[str, object]) -
 
 
 LINEAR = {"layers.0.q_proj": (6, 8), "layers.1.q_proj": (6, 8), "layers.1.square": (8, 8)}
+
+TARGETS = ["q_proj", "v_proj", "square"]
+KINDS = {
+    "plain": {"r": 4, "lora_alpha": 8, "target_modules": TARGETS},
+    "rslora": {"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": TARGETS},
+    "dora": {"r": 4, "use_dora": True, "target_modules": TARGETS},
+    "modules_to_save": {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["classifier", "norm"]},
+    "patterns": {
+        "r": 2,
+        "lora_alpha": 6,
+        "target_modules": TARGETS,
+        "rank_pattern": {"layers.0.q_proj": 3, "v_proj": 1},
+        "alpha_pattern": {"1.q_proj": 10, "square": 1},
+    },
+    "patterns of rslora": {"r": 2, "use_rslora": True, "target_modules": TARGETS, "rank_pattern": {"v_proj": 5}},
+    "bias all": {"r": 2, "bias": "all", "target_modules": ["q_proj"]},
+    "bias lora_only": {"r": 2, "bias": "lora_only", "target_modules": ["square"]},
+    "lora_bias": {"r": 2, "lora_alpha": 6, "lora_bias": True, "target_modules": ["q_proj"]},
+    "regex": {"r": 2, "target_modules": r".*1\.(q|v)_proj"},
+    "layers": {"r": 2, "target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    "embedding": {"r": 3, "lora_alpha": 6, "target_modules": ["embed", "v_proj"]},
+    "embedding dora": {"r": 3, "use_dora": True, "target_modules": ["embed"]},
+    "convolution": {"r": 2, "lora_alpha": 5, "target_modules": ["conv", "point", "line"]},
+    "convolution dora": {"r": 2, "use_dora": True, "target_modules": ["conv", "point", "line"]},
+    "conv1d": {"r": 2, "lora_alpha": 3, "fan_in_fan_out": True, "target_modules": ["c_fc", "c_proj"]},
+    "conv1d dora": {"r": 2, "use_dora": True, "fan_in_fan_out": True, "target_modules": ["c_fc", "c_proj"]},
+    "conv1d among linear": {"r": 2, "target_modules": ["q_proj", "c_fc"]},
+}
+
+
+def written(folder: Path, net: Net, config: dict, seed: int = 1, **how: object) -> dict[str, torch.Tensor]:
+    """Write an adapter of random values with PEFT; return the weights that PEFT itself merges."""
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(net, peft.LoraConfig(**config))
+        random(seed, model)
+        model.save_pretrained(folder, **how)
+        return {n: t.detach().clone() for n, t in model.merge_and_unload().state_dict().items()}

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from nets import LINEAR, base, by_hand, write
+from nets import KINDS, LINEAR, base, by_hand, write, written
 from safetensors.torch import load_file
-from test_peft_reads import KINDS, written
 from torch import Tensor
 from typer.testing import CliRunner
 
