@@ -209,7 +209,11 @@ def _announced(name: str, value: str) -> StepInfo | None:
 
 def suites() -> dict[str, str]:
     """Return every suite and its first line."""
-    from .suites import SUITES
+    from .suites import SUITES, module_of
 
-    first = {name: (ROOT / "suites" / f"{name}.py").read_text(encoding="utf-8") for name in (*SUITES, "demo")}
-    return {name: " ".join(text.split('"""')[1].split("\n\n")[0].split()) for name, text in first.items()}
+    return {name: _first_line(ROOT / "suites" / f"{module_of(name)}.py") for name in (*SUITES, "demo")}
+
+
+def _first_line(file: Path) -> str:
+    text = file.read_text(encoding="utf-8")
+    return " ".join(text.split('"""')[1].split("\n\n")[0].split())

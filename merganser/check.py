@@ -16,6 +16,7 @@ from .examine import How, Ingredients, asked_by, examine, open_ingredients, try_
 from .findings import Findings
 from .forecast import existing, free_disk, nbytes, numbers, writable
 from .sentence import parse
+from .weights.delta import over
 from .weights.header import WHOLE, Head, Headers, Weights, folder_of, header, matches
 from .weights.open import Source, named, open_headers
 from .weights.save import refuse_overwriting
@@ -36,7 +37,7 @@ SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "max_position_
 
 
 def check(
-    base: Source,
+    base: Source | None,
     experts: Mapping[str, Source] | Sequence[Source] = (),
     how: How = "",
     *,
@@ -49,6 +50,7 @@ def check(
     vocabulary: str | None = None,
     dtype: str | None = None,
     stored: str = "model",
+    rank: int | str | None = None,
 ) -> Findings:
     """Return all that will go wrong with ``merge(...)`` of the same arguments, and what it will do and need.
 
@@ -62,7 +64,7 @@ def check(
             return check_config(base, into)
     told = examine(
         base, experts, how, into=into, own=own, seed=seed, ingredients=ingredients, part=part, where=where,
-        vocabulary=vocabulary, dtype=dtype, stored=stored, opener=open_headers,
+        vocabulary=vocabulary, dtype=dtype, stored=stored, rank=rank, opener=open_headers,
     )  # fmt: skip
     found = told.found
     compare(found, told.sources, own)
@@ -75,7 +77,12 @@ def check(
         found.plan["steps"] = [
             {"step": str(s), "kind": s.kind, "elementwise": s.elementwise} for s in job.sentence.steps
         ]
-        foresee(found, [job], Output(job.base, job.names, target, stored).spec, told.sources, part)
+        plan = told.ready.adapter
+        written = plan.spec if plan is not None else Output(job.base, job.names, target, stored).spec
+        foresee(found, [job], written, told.sources, part)
+        if plan is not None:
+            found.plan["kept"] = []
+            found.numbers |= {"tensors": len(plan.slots) + len(plan.full), "merged": len(plan.slots) + len(plan.full)}
     remote = {who: w for who, w in told.sources.items() if isinstance(w, Headers)}
     for who, weights in remote.items():
         size = sum(nbytes(header(weights, name)) for name in weights)
@@ -365,7 +372,8 @@ def _models(found: Findings, recipe: Any) -> None:
     sources: dict[str, Weights] = {}
     for who, path in {"": recipe.model.base, **recipe.experts}.items():
         with found.gather(_who(who)):
-            sources[who] = open_headers(path)
+            opened = open_headers(path)
+            sources[who] = over(sources[""], opened) if who and "" in sources else opened
     compare(found, sources, recipe.own)
     if "" not in sources or len(sources) < 2:
         return

@@ -57,7 +57,7 @@ Recipe = Annotated[Path, typer.Argument(help="A recipe.toml: base, experts, task
 To = Annotated[Path, typer.Option("--to", help="The folder to write into; what is done there is not done again.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check, say what would be done, and write nothing.")]
-Experts = Annotated[list[str] | None, typer.Argument(help="Models fine-tuned from the base.")]
+Experts = Annotated[list[str] | None, typer.Argument(help="Models fine-tuned from the base, or LoRA adapters for it.")]
 How = Annotated[str, typer.Option(help='The sentence, such as "ties(density=0.2) | scale(by=0.8)".')]
 Own = Annotated[list[str] | None, typer.Option(help="Glob pattern of tensors left out; may be repeated.")]
 Patterns = Annotated[
@@ -69,6 +69,12 @@ Ingredients = Annotated[
 Vocabulary = Annotated[str | None, typer.Option(help="Where vocabularies differ: base, union, or an expert's name.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ...; default: the base's own.")]
 Delta = Annotated[bool, typer.Option("--delta", help="Store what is added to the base (fp32), not the model.")]
+AsAdapter = Annotated[
+    bool, typer.Option("--as-adapter", help="Write one LoRA adapter, which PEFT loads; the experts are adapters.")
+]
+Rank = Annotated[
+    str | None, typer.Option(help="That adapter's rank: a number, or exact; default: the experts' largest.")
+]
 Part = Annotated[str | None, typer.Option(help="K/N: only the K-th of N parts; then `join` the folder.")]
 
 
@@ -156,7 +162,12 @@ def adapt(
 @app.command()
 @guarded
 def merge(
-    base: Annotated[str, typer.Argument(help="The base: a folder, a weights file, a Hub name; or a mergekit YAML.")],
+    base: Annotated[
+        str,
+        typer.Argument(
+            help="The base: a folder, a weights file, a Hub name, none (with --as-adapter); or a mergekit YAML."
+        ),
+    ],
     experts: Experts = None,
     how: How = "",
     to: Annotated[Path, typer.Option("--to", help="The folder for the merged model.")] = Path("merged"),
@@ -166,6 +177,8 @@ def merge(
     vocabulary: Vocabulary = None,
     dtype: Dtype = None,
     delta: Delta = False,
+    as_adapter: AsAdapter = False,
+    rank: Rank = None,
     part: Part = None,
     seed: Seed = 0,
     dry_run: DryRun = False,
@@ -173,7 +186,7 @@ def merge(
 ) -> None:
     """Merge experts of one base into a folder that the model's own library loads."""
     if dry_run:
-        told = (own, where, ingredient, vocabulary, dtype, delta, part)
+        told = (own, where, ingredient, vocabulary, dtype, stored_as(delta, as_adapter), read_rank(rank), part)
         return tell(checked(base, experts, how, to, *told, seed), as_json)
     from .merge import merge
     from .progress import bars
@@ -187,10 +200,12 @@ def merge(
     if not experts or not how:
         raise typer.BadParameter("give BASE, one or more EXPERT and --how SENTENCE, or a mergekit YAML alone")
     merge(
-        base, experts, how, into=to, own=own or (), seed=seed, ingredients=pairs(ingredient, "--ingredient"),
+        read_base(base), experts, how, into=to, own=own or (), seed=seed, ingredients=pairs(ingredient, "--ingredient"),
         part=read_part(part), where=read_where(where or ()), vocabulary=vocabulary, dtype=dtype,
-        stored="delta" if delta else "model", progress=bars,
+        stored=stored_as(delta, as_adapter), rank=read_rank(rank), progress=bars,
     )  # fmt: skip
+    if as_adapter:
+        return tell_adapter(to, len(experts), how, as_json)
     what = f"part {part} of {len(experts)} experts" if part else f"{len(experts)} experts"
     say({"merged": str(to), "sentence": how, "part": part}, as_json, f"merged {what} into {to}")
 
@@ -208,18 +223,21 @@ def check_all(
     vocabulary: Vocabulary = None,
     dtype: Dtype = None,
     delta: Delta = False,
+    as_adapter: AsAdapter = False,
+    rank: Rank = None,
     part: Part = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Say all that will go wrong, before a download or a tensor; exit status 1 if something prevents the merge."""
-    told = (own, where, ingredient, vocabulary, dtype, delta, part)
+    told = (own, where, ingredient, vocabulary, dtype, stored_as(delta, as_adapter), read_rank(rank), part)
     tell(checked(base, experts, how, to, *told, seed), as_json)
 
 
 def checked(
     base: str, experts: list[str] | None, how: str, to: Path | None, own: list[str] | None, where: list[str] | None,
-    ingredient: list[str] | None, vocabulary: str | None, dtype: str | None, delta: bool, part: str | None, seed: int,
+    ingredient: list[str] | None, vocabulary: str | None, dtype: str | None, stored: str, rank: int | str | None,
+    part: str | None, seed: int,
 ) -> Any:  # fmt: skip
     """Check what `merge` would be given."""
     from .check import check
@@ -229,9 +247,9 @@ def checked(
     if alone == bool(experts or how) or bool(experts) != bool(how):
         raise typer.BadParameter("give BASE, one or more EXPERT and --how SENTENCE; or a recipe or mergekit YAML alone")
     return check(
-        base, experts or (), how, into=to, own=own or (), seed=seed, ingredients=pairs(ingredient, "--ingredient"),
-        part=read_part(part), where=read_where(where or ()), vocabulary=vocabulary, dtype=dtype,
-        stored="delta" if delta else "model",
+        read_base(base), experts or (), how, into=to, own=own or (), seed=seed,
+        ingredients=pairs(ingredient, "--ingredient"), part=read_part(part), where=read_where(where or ()),
+        vocabulary=vocabulary, dtype=dtype, stored=stored, rank=rank,
     )  # fmt: skip
 
 
@@ -266,6 +284,37 @@ def pairs(told: list[str] | None, option: str) -> dict[str, str]:
     if wrong := [text for text in told or () if "=" not in text]:
         raise typer.BadParameter(f"{option} is NAME=FOLDER, got '{wrong[0]}'")
     return dict(text.split("=", 1) for text in told or ())
+
+
+def stored_as(delta: bool, as_adapter: bool) -> str:
+    """Return as what the result is stored."""
+    if delta and as_adapter:
+        raise typer.BadParameter("--delta and --as-adapter: give one of them")
+    return "delta" if delta else "adapter" if as_adapter else "model"
+
+
+def read_rank(text: str | None) -> int | str | None:
+    """Read a rank: a number, or a word that is judged where the rest is."""
+    return int(text) if text is not None and text.lstrip("-").isdigit() else text
+
+
+def read_base(text: str) -> str | None:
+    """Read BASE, which is ``none`` where adapters are merged into one without it."""
+    return None if text == "none" and not Path(text).exists() else text
+
+
+def tell_adapter(folder: Path, experts: int, how: str, as_json: bool) -> None:
+    """Say what a rank left out of a merge."""
+    from .card import read_card
+
+    told = (read_card(folder) or {})["adapter"]
+    error = told["error"]
+    text = (
+        f"merged {experts} experts into {folder}: one adapter of rank {told['rank']}, {told['modules']} modules\n"
+        f"relative error: {error['all']:.3g} in all, {error['median']:.3g} in the median module, {error['worst'][1]:.3g} "
+        f"at most ({error['worst'][0]})"
+    )
+    say({"merged": str(folder), "sentence": how, "adapter": told}, as_json, text)
 
 
 def read_part(text: str | None) -> tuple[int, int] | None:
@@ -367,12 +416,13 @@ def evaluate(
     from .evaluate.table import summary
     from .prepare import prepare
     from .recipe import read_recipe
+    from .weights.delta import over
     from .weights.open import check_match, open_weights
 
     ready = prepare(read_recipe(recipe))
     found = {}
     for path in models:
-        weights = open_weights(path)
+        weights = over(ready.whole, open_weights(path))
         check_match(ready.base, {str(path): weights}, ready.recipe.own)
         found[str(path)] = summary(evaluate(Model(ready.encoder, weights, ready.heads, ready.kind), ready.test))
     if as_json:

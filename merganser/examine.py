@@ -12,11 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import MerganserError, SentenceError, did_you_mean
+from .as_adapter import Plan
+from .card import read_json
+from .errors import MerganserError, SentenceError, WeightsError, did_you_mean
 from .findings import Findings
 from .loop import Ingredient, Job, is_float, merge_each, survey
 from .sentence import Sentence, Step, find, parse, step_of, words_of
-from .weights.header import matches
+from .weights.adapter import Adapter, Bare
+from .weights.header import folder_of, matches
+from .weights.hub import name_of as hub_name
 from .weights.match import Matched, match
 from .weights.open import Source, Weights, named, open_weights
 from .weights.parts import check_part
@@ -34,6 +38,7 @@ class Ready(NamedTuple):
     job: Job
     matched: Matched
     target: torch.dtype | None  # of the output; None: the base's own
+    adapter: Plan | None = None  # where the result is one adapter
 
 
 class Examined(NamedTuple):
@@ -46,7 +51,7 @@ class Examined(NamedTuple):
 
 
 def examine(
-    base: Source,
+    base: Source | None,
     experts: Mapping[str, Source] | Sequence[Source],
     how: How,
     *,
@@ -59,25 +64,32 @@ def examine(
     vocabulary: str | None = None,
     dtype: str | None = None,
     stored: str = "model",
+    rank: int | str | None = None,
     opener: Callable[[Source], Weights] = open_weights,
 ) -> Examined:
     """Open and check what `merge` is given (the same arguments)."""
     found = Findings()
     sources: dict[str, Weights] = {}
     wanted = named(experts)
-    for who, source in {"": base, **wanted}.items():
+    for who, source in {**({} if base is None else {"": base}), **wanted}.items():
         with found.gather(f"expert '{who}'" if who else "base"):
             sources[who] = opener(source)
+    if base is None:
+        with found.gather("base"):
+            sources = {"": _no_base(sources, stored), **sources}
     if not wanted:
         found.error("there are no experts to merge", "experts", "give at least one", SentenceError)
     sentence = _sentence(found, how, tuple(wanted))
     with found.gather("--dtype"):
-        target = check_output(dtype, stored)
+        target = check_output(dtype, stored, rank)
     if part is not None:
         with found.gather("--part"):
             check_part(part)
             if into is None:
                 raise SentenceError("part=(k, n) writes a part of the model, so it needs into=FOLDER")
+            if stored == "adapter":
+                raise SentenceError("an adapter is written in one part; leave part=(k, n) out")
+    _adapters(found, base, sources)
     for source in sources.values() if into is not None else ():
         with found.gather("output"):
             refuse_overwriting(into or "", source)
@@ -102,7 +114,45 @@ def examine(
     if not found.ok or matched is None:
         return Examined(found, sources, sentence, None)
     job = Job(matched.base, matched.experts, sentence, names, seed, extra, varied, matched.alike)
+    if stored == "adapter":
+        with found.gather("--as-adapter"):
+            return Examined(found, sources, sentence, Ready(job, matched, target, Plan(job, rank)))
+        return Examined(found, sources, sentence, None)
     return Examined(found, sources, sentence, Ready(job, matched, target))
+
+
+def _no_base(sources: Mapping[str, Weights], stored: str) -> Weights:
+    """Return what stands for a base where there is none: adapters can be merged into an adapter without it."""
+    if stored != "adapter":
+        raise WeightsError("without a base only an adapter can be written; give the base, or --as-adapter")
+    if other := [who for who, weights in sources.items() if not isinstance(weights, Adapter)]:
+        raise WeightsError(f"expert '{other[0]}' is no adapter, so it has to be compared with a base; give the base")
+    return Bare(weights for weights in sources.values() if isinstance(weights, Adapter))
+
+
+def _adapters(found: Findings, base: Source | None, sources: Mapping[str, Weights]) -> None:
+    """Take down an adapter in the base's place, and warn of adapters that name another base than this one."""
+    if isinstance(sources.get(""), Adapter):
+        found.error(f"{base} is an adapter", "base", "give the model it was trained on as the base")
+        return
+    known = base_names(base, sources.get("", {}))
+    for who, weights in sources.items():
+        said = str(weights.config.get("base_model_name_or_path") or "") if isinstance(weights, Adapter) else ""
+        if said and known and Path(said).name.lower() not in known:
+            found.warn(
+                f"the adapter says its base is '{said}'", f"expert '{who}'",
+                f"if that is not the model in {base}, the merge is none",
+            )  # fmt: skip
+
+
+def base_names(base: Source | None, weights: Weights) -> set[str]:
+    """Return the names under which an adapter may know a base, without the organisation; none for one in memory."""
+    folder = folder_of(weights) or (folder_of(base) if isinstance(base, str | Path) else None)
+    if folder is None:
+        return set()
+    told = (read_json(folder / "config.json") or {}).get("_name_or_path") or ""
+    known = (base if isinstance(base, str | Path) else folder, folder.resolve(), hub_name(folder) or "", told)
+    return {Path(str(name).partition("@")[0]).name.lower() for name in known if str(name)}
 
 
 def _sentence(found: Findings, how: How, experts: Sequence[str]) -> Sentence | None:
@@ -207,10 +257,12 @@ def merging_only(sentence: Sentence) -> Sentence:
     return sentence
 
 
-def check_output(dtype: str | None, stored: str) -> torch.dtype | None:
+def check_output(dtype: str | None, stored: str, rank: int | str | None = None) -> torch.dtype | None:
     """Return the output's dtype, None for the base's own. Raises SentenceError for an unknown word."""
-    if stored not in ("model", "delta"):
-        raise SentenceError(f"stored must be 'model' or 'delta', got {stored!r}")
+    if stored not in ("model", "delta", "adapter"):
+        raise SentenceError(f"stored must be 'model', 'delta' or 'adapter', got {stored!r}")
+    if rank is not None and stored != "adapter":
+        raise SentenceError("a rank is that of an adapter: give --as-adapter (stored='adapter') too, or no rank")
     if dtype is not None and dtype not in OUTPUTS:
         raise SentenceError(f"unknown dtype {dtype!r}{did_you_mean(str(dtype), OUTPUTS)}; known: {', '.join(OUTPUTS)}")
     return None if dtype is None else OUTPUTS[dtype]

@@ -50,6 +50,8 @@ def numbers(
         for name in job.names:
             entries, steps = math.prod(header(job.base, name)[1]), job.steps(name)
             sizes[name] = entries
+            if not job.touched(name):  # what no adapter touches is copied
+                continue
             work += _nanoseconds(job, name, steps, entries) * 1e-9
             looks = max(looks, sum(len(step.looks) for step in steps))
             if not all(step.elementwise for step in steps):

@@ -11,6 +11,8 @@ from typing import Any
 
 from .card import read_card, read_json
 from .errors import MerganserError, WeightsError
+from .weights.adapter import FILES as ADAPTERS
+from .weights.adapter import Adapter, is_adapter
 from .weights.stored import DTYPES, INDEX, PICKLES, Entry, Stored
 
 _NUMBER = re.compile(r"(?<![^./])\d+(?=[./]|$)")
@@ -52,7 +54,7 @@ def found_in(folders: Iterable[str | Path]) -> list[Found]:
 def is_model(files: Iterable[str]) -> bool:
     """Tell whether a folder of these files holds weights."""
     return any(f.endswith(".safetensors") and not f.startswith((".", "checkpoint")) for f in files) or any(
-        f == INDEX or (f.startswith("pytorch_model") and f.endswith(PICKLES)) for f in files
+        f in (INDEX, *ADAPTERS) or (f.startswith("pytorch_model") and f.endswith(PICKLES)) for f in files
     )
 
 
@@ -66,7 +68,7 @@ def _run(folder: Path) -> Found:
 
 def _model(path: Path) -> Found:
     card = (read_card(path) if path.is_dir() else None) or {}
-    kind = str(card.get("kind", "model"))
+    kind = str(card.get("kind", "adapter" if is_adapter(path) else "model"))
     if "part" in card:
         kind = f"part {'/'.join(map(str, card['part']))}"
     date = str(card.get("written", ""))[:16].replace("T", " ")
@@ -118,6 +120,7 @@ class ModelInfo:
     groups: list[Group] = field(default_factory=list)
     tied: list[tuple[str, str]] = field(default_factory=list)
     vocabulary: dict[str, Any] = field(default_factory=dict)
+    adapter: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Return plain JSON."""
@@ -126,8 +129,11 @@ class ModelInfo:
 
 def model(path: str | Path) -> ModelInfo:
     """Read what can be known of a model without its tensors. Raises WeightsError: nothing there, damaged, a pickle."""
-    stored = Stored(path)
-    folder = stored.path if stored.path.is_dir() else stored.path.parent
+    adapter = Adapter(path) if is_adapter(path := Path(path)) else None
+    stored = adapter.weights if adapter is not None else Stored(path)
+    if not isinstance(stored, Stored):
+        raise WeightsError(f"{path}: only a pickle here, whose tensors are not known before it is read")
+    folder = path if path.is_dir() else path.parent
     config = read_json(folder / "config.json")
     config = config if isinstance(config, dict) else {}
     dtypes: dict[str, dict[str, int]] = {}
@@ -147,7 +153,7 @@ def model(path: str | Path) -> ModelInfo:
     )
     return ModelInfo(
         path=str(path),
-        card=read_card(stored.path) if stored.path.is_dir() else None,
+        card=read_card(folder) if path.is_dir() else None,
         metadata=stored.metadata,
         config={key: config[key] for key in keep if key in config},
         files={str(shard.relative_to(folder)): shard.stat().st_size for shard in stored.shards},
@@ -158,7 +164,16 @@ def model(path: str | Path) -> ModelInfo:
         groups=grouped(stored.entries),
         tied=tied_pairs(stored.entries),
         vocabulary=_vocabulary(folder, config, stored.entries),
+        adapter={} if adapter is None else _adapter(adapter),
     )
+
+
+def _adapter(adapter: Adapter) -> dict[str, Any]:
+    """Return what the config of an adapter and its tensors say."""
+    keep = ("r", "lora_alpha", "use_rslora", "use_dora", "bias", "base_model_name_or_path", "task_type")
+    told = {key: adapter.config[key] for key in keep if adapter.config.get(key) not in (None, False, "none", "")}
+    ranks = sorted({module.rank for module in adapter.modules.values()})
+    return {**told, "ranks": ranks, "modules": len(adapter.modules), "full": list(adapter.full)}
 
 
 def grouped(entries: Mapping[str, Entry]) -> list[Group]:

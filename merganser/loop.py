@@ -16,8 +16,9 @@ they would be no statistics (a variance can turn negative). Deltas are fp32, tho
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
+from itertools import repeat
 from operator import add
 from typing import Any, NamedTuple
 
@@ -30,7 +31,8 @@ from .models.statistics import is_statistic
 from .parallel import in_order, one_thread_each
 from .progress import Progress, silent
 from .sentence import Sentence, Step, find, takes
-from .weights.header import header, shape_of
+from .weights.adapter import Factors
+from .weights.header import factors, header, shape_of, touches
 from .where import Where
 
 CUT = 1 << 17  # entries; a multiple of 16, so that a generator draws for cuts what it draws for the whole tensor
@@ -64,6 +66,7 @@ class Job:
     ingredients: Mapping[str, Ingredient] = field(default_factory=dict)
     where: Where = field(default_factory=Where)
     alike: Mapping[str, str] = field(default_factory=dict)  # tied tensors draw the random numbers of one of them
+    factored: bool = False  # hand on a merged product as `Factors` where the steps leave it one
     seen: Callable[[str, str, int, Tensor], None] | None = None  # told model, name, place and piece of what is merged
 
     def steps(self, name: str) -> tuple[Step, ...]:
@@ -72,6 +75,10 @@ class Job:
             return (Step("average", *find("average")),)
         experts = tuple(self.experts)
         return tuple(step.for_experts(experts) for step in self.where.resolve(self.sentence, name).steps)
+
+    def touched(self, name: str) -> bool:
+        """Tell whether an expert may have moved a tensor; adapters know what they leave alone."""
+        return any(touches(weights, name) for weights in self.experts.values())
 
     def sizes(self, names: Sequence[str]) -> list[int]:
         """Return the number of entries of each tensor."""
@@ -157,6 +164,8 @@ def _sums(
 
 def _look(job: Job, name: str, i: int, look: Any, learned: list, surveys: Surveys) -> Any:
     """Return what one look sees in one tensor at step ``i``; None if no expert has moved it."""
+    if not job.touched(name):
+        return None
     total: Any = None
     moved = False
     wanted = takes(look)
@@ -190,6 +199,9 @@ def through(job: Job, name: str, upto: int | None, surveys: Surveys, *, zeros: b
     A piece's value is None where no expert has moved anything; with ``zeros`` it is (value, moved), moved or not. The
     value may lie in a buffer that the next piece overwrites.
     """
+    if not zeros and not job.touched(name):
+        yield from _copied(job, name)
+        return
     steps = job.steps(name)
     if upto is not None and len(steps) < upto:
         upto = len(steps)
@@ -197,7 +209,12 @@ def through(job: Job, name: str, upto: int | None, surveys: Surveys, *, zeros: b
     chosen = steps[:upto]
     known = _tensor_surveys(job, name, steps, len(chosen), surveys)
     shape = shape_of(job.base, name)
-    run = _Run(job, name, chosen, known, math.prod(shape))
+    run = _Run(job, name, chosen, known, shape)
+    if run.takes_factors(zeros) and (held := _held(job, name, shape)) is not None:
+        low = _from_factors(job, name, run, held, cut, zeros)
+        if low is not None:
+            yield from low
+            return
     for at, origin, base, deltas, moved in read(job, name, cut, shape):
         if zeros:
             yield Piece(at, origin, base, (run(at, base, deltas), moved))
@@ -206,6 +223,67 @@ def through(job: Job, name: str, upto: int | None, surveys: Surveys, *, zeros: b
             yield Piece(at, origin, base, value if moved else None)
         else:
             yield Piece(at, origin, base, None)
+
+
+def _held(job: Job, name: str, shape: tuple[int, ...]) -> list[Factors] | None:
+    """Return what every expert adds to a tensor as factors; None where one's are not known, or nothing is added."""
+    kind = torch.float64 if header(job.base, name)[0] == "F64" else torch.float32
+    held = []
+    for expert, weights in job.experts.items():
+        low = factors(weights, name) if touches(weights, name) else Factors.zero(shape, kind)
+        if low is None:
+            return None
+        if not math.isfinite(low.left.sum().item() + low.right.sum().item()):
+            raise _not_finite(f"expert '{expert}'", name)
+        held.append(low)
+    return held if any(low.left.any() and low.right.any() for low in held) else None
+
+
+def _from_factors(
+    job: Job, name: str, run: "_Run", held: list[Factors], cut: int | None, zeros: bool
+) -> Iterator[Piece] | None:
+    """Run the steps on factors, of which no expert's delta is ever made; None where the first step has no form for it."""
+    if not run.linear or zeros:
+        started = run.started(held)
+        return None if started is None else _aligned(job, name, run, *started, zeros)
+    merged = Factors.sum(held, run.coefficients())
+    if job.factored:
+        return iter([Piece(0, merged.left, merged.left, merged)])
+    return _product(job, name, merged, cut)
+
+
+def _product(job: Job, name: str, merged: Factors, cut: int | None) -> Iterator[Piece]:
+    """Yield a merged product piece by piece."""
+    origin, at = job.base[name].reshape(-1), 0
+    step = max(1, min(cut or CUT, origin.numel()))
+    for stored, value in zip(origin.split(step), merged.pieces(step), strict=True):
+        if job.seen:
+            job.seen("base", name, at, stored)
+        yield Piece(at, stored, stored.to(value.dtype), value)
+        at += len(value)
+
+
+def _aligned(
+    job: Job, name: str, run: "_Run", coords: Tensor, restore: Callable[[Tensor], Any], zeros: bool
+) -> Iterator[Piece]:
+    """Yield a tensor whole, by steps that begin with coordinates found from factors."""
+    if job.factored and not any("base" in takes(step.function) for step in run.steps):
+        origin = base = coords.new_zeros(()).expand(run.shape)  # nobody asks for it, so it is not read
+    else:
+        origin = job.base[name].reshape(-1)
+        if job.seen:
+            job.seen("base", name, 0, origin)
+        base = origin.to(coords.dtype).reshape(run.shape)
+    value = run(0, base, coords, restore, factored=job.factored and not zeros)
+    yield Piece(0, origin, base, (value, True) if zeros else value)
+
+
+def _copied(job: Job, name: str) -> Iterator[Piece]:
+    """Yield a tensor that no expert touches: only the base's is read."""
+    for k, stored in enumerate(job.base[name].reshape(-1).split(CUT)):
+        if job.seen:
+            job.seen("base", name, k * CUT, stored)
+        yield Piece(k * CUT, stored, stored, None)
 
 
 def _tensor_surveys(job: Job, name: str, steps: Sequence[Step], upto: int, surveys: Surveys) -> list[Any]:
@@ -226,8 +304,9 @@ def _tensor_surveys(job: Job, name: str, steps: Sequence[Step], upto: int, surve
 class _Run:
     """The steps over one tensor: generators, ingredients and surveys stay from piece to piece."""
 
-    def __init__(self, job: Job, name: str, steps: Sequence[Step], surveys: list[Any], numel: int):
-        self.name, self.steps, self.surveys, self.numel = name, steps, surveys, numel
+    def __init__(self, job: Job, name: str, steps: Sequence[Step], surveys: list[Any], shape: tuple[int, ...]):
+        self.name, self.steps, self.surveys, self.shape = name, steps, surveys, shape
+        self.numel = math.prod(shape)
         self.experts = tuple(job.experts)
         self.at = next((k for k, step in enumerate(steps) if step.kind == "combine"), len(steps))
         self.draws = any("rng" in takes(step.function) for step in steps)
@@ -247,10 +326,44 @@ class _Run:
             for who in (self.experts if step.kind == "edit" and k < self.at else ("merged",))
         }
 
-    def __call__(self, at: int, base: Tensor, deltas: Tensor) -> Tensor:
+    @property
+    def linear(self) -> bool:
+        """Whether the merged delta is a weighted sum of the experts' whatever they are: every step says so."""
+        return self.at < len(self.steps) and stays_linear(self.steps)
+
+    def takes_factors(self, zeros: bool) -> bool:
+        """Tell whether deltas may come as factors: where all is linear, or an align step stands first that takes them."""
+        return (self.linear and not zeros) or any(map(by_factors, self.steps[:1]))
+
+    def coefficients(self) -> Tensor:
+        """Return the weight of each expert in a linear merge: what becomes of as many unit vectors."""
+        unit = torch.eye(len(self.experts), dtype=torch.float64)
+        return self(0, torch.zeros(len(unit), dtype=unit.dtype), unit)
+
+    def started(self, held: Sequence[Factors]) -> tuple[Tensor, Callable[[Tensor], Any]] | None:
+        """Return the first step's coordinates and way back, found from factors; None where it has no form for them."""
+        step = self.steps[0]
+        function = by_factors(step)
+        return None if function is None else named(replace(step, function=function), self.name, held, shape=self.shape)
+
+    def __call__(
+        self,
+        at: int,
+        base: Tensor,
+        deltas: Tensor,
+        restore: Callable[[Tensor], Any] | None = None,
+        *,
+        factored: bool = False,
+    ) -> Any:
+        """Return what the steps make of deltas, or of coordinates that the first step has found, with the way back.
+
+        With ``factored`` the merged delta stays `Factors` if it comes back so and the edits after are linear.
+        """
+        if restore is not None:
+            return self._steps(range(1, len(self.steps)), at, base, deltas, restore, factored)
         numel = base.numel()
         if not 0 < self.tail < len(self.steps) or numel <= CUT:
-            return self._steps(range(len(self.steps)), at, base, deltas)
+            return self._steps(range(len(self.steps)), at, base, deltas, None, factored)
         # steps that need the whole tensor first, then the others as they would be without them: cut by cut
         value = self._steps(range(self.tail), at, base, deltas).flatten(1)
         out, flat = torch.empty(numel, dtype=value.dtype), base.reshape(-1)
@@ -259,8 +372,17 @@ class _Run:
             out[cut] = self._steps(range(self.tail, len(self.steps)), at + start, flat[cut], value[:, cut])
         return out.reshape(base.shape)
 
-    def _steps(self, some: range, at: int, base: Tensor, deltas: Tensor) -> Tensor:
-        value, restores = deltas, []
+    def _steps(
+        self,
+        some: range,
+        at: int,
+        base: Tensor,
+        deltas: Tensor,
+        restore: Callable[[Tensor], Any] | None = None,
+        factored: bool = False,
+    ) -> Any:
+        value: Any = deltas
+        restores = [] if restore is None else [restore]
         for k in some:
             step = self.steps[k]
             given = {"name": self.name, "base": base, "numel": self.numel, "experts": self.experts}
@@ -276,11 +398,16 @@ class _Run:
                 value = named(step, self.name, value, **given)
                 while restores:
                     value = restores.pop()(value)
-                if not math.isfinite(value.detach().sum().item()) and not torch.isfinite(value).all():
+                if isinstance(value, tuple):
+                    stays = factored and stays_linear(self.steps[k + 1 :])
+                    value = Factors(*value) if stays else Factors(*value).product(self.shape)
+                if not _finite(value):
                     raise SentenceError(f"{step}: makes NaN or inf in tensor '{self.name}'")
         return value
 
-    def _edit(self, k: int, step: Step, at: int, value: Tensor, given: dict[str, Any]) -> Tensor:
+    def _edit(self, k: int, step: Step, at: int, value: Any, given: dict[str, Any]) -> Any:
+        if isinstance(value, Factors):
+            return Factors(self._edit(k, step, at, value.left, given), value.right)
         merged = k > self.at
         rows = value[None] if merged else value
         whos = ("merged",) if merged else self.experts
@@ -307,6 +434,21 @@ def _tail(steps: Sequence[Step], combine: int) -> int:
         first -= 1
     aligned = any(step.kind == "align" for step in steps)
     return first if first <= combine < len(steps) and not aligned else len(steps)
+
+
+def stays_linear(steps: Sequence[Step]) -> bool:
+    """Tell whether steps do no more than weigh deltas and add them, which their modules say (``LINEAR = True``)."""
+    return all(step.hook("LINEAR") for step in steps)
+
+
+def by_factors(step: Step) -> Callable[..., Any] | None:
+    """Return the form of an align step that takes factors: ``NAME_factors`` beside it."""
+    return step.hook(f"{step.function.__name__}_factors") if step.kind == "align" else None
+
+
+def _finite(value: Any) -> bool:
+    tensors = value if isinstance(value, Factors) else (value,)
+    return all(math.isfinite(t.detach().sum().item()) or bool(torch.isfinite(t).all()) for t in tensors)
 
 
 def _rows(totals: Any, count: int) -> list[Any]:
@@ -344,22 +486,25 @@ def read(
     that the next piece overwrites. Raises WeightsError, naming tensor and model, at a value that is not finite.
     """
     origin = job.base[name].reshape(-1)
-    thetas = [weights[name].reshape(-1) for weights in job.experts.values()]
     numel, kind = origin.numel(), torch.float64 if origin.dtype == torch.float64 else torch.float32
     step = max(1, min(cut or numel, numel))
-    buffer = torch.empty(len(thetas), step, dtype=kind)
+    parts = [_parts(weights, name, step) for weights in job.experts.values()]
+    buffer = torch.empty(len(parts), step, dtype=kind)
     rows = list(buffer)
     at = 0
     # splitting once is a tenth of the time of slicing each piece
-    for stored, *pieces in zip(origin.split(step), *(theta.split(step) for theta in thetas), strict=True):
+    for stored, *pieces in zip(origin.split(step), *parts, strict=False):
         n = stored.numel()
         base = stored.to(kind)
         if job.seen:
             job.seen("base", name, at, stored)
-        for row, piece, expert in zip(rows, pieces, job.experts, strict=True):
+        for row, (piece, whole), expert in zip(rows, pieces, job.experts, strict=True):
+            out = row if n == step else row[:n]
+            if not whole:  # a delta, or None where the expert leaves the tensor alone
+                out.zero_() if piece is None else out.copy_(piece)
+                continue
             if job.seen:
                 job.seen(expert, name, at, piece)
-            out = row if n == step else row[:n]
             # copying first, then subtracting in place, is faster than a subtraction of two dtypes
             torch.sub(piece, base, out=out) if piece.dtype == kind else out.copy_(piece).sub_(base)
         deltas = buffer if n == step else buffer[:, :n]
@@ -368,9 +513,19 @@ def read(
             _check_finite(job, name, deltas)
         moved = total != 0 or bool(deltas.any())
         if cut is None:
-            base, deltas = base.reshape(shape), deltas.reshape(len(thetas), *shape)
+            base, deltas = base.reshape(shape), deltas.reshape(len(parts), *shape)
         yield at, stored, base, deltas, moved
         at += n
+
+
+def _parts(weights: Mapping[str, Tensor], name: str, step: int) -> Iterator[tuple[Any, bool]]:
+    """Yield an expert's tensor in pieces, or where it is known (an adapter's) what it adds to the base's; and which."""
+    if not touches(weights, name):
+        return repeat((None, False))
+    low = factors(weights, name)
+    if low is not None:
+        return ((piece, False) for piece in low.pieces(step))
+    return ((piece, True) for piece in weights[name].reshape(-1).split(step))
 
 
 def _check_finite(job: Job, name: str, deltas: Tensor) -> None:
@@ -378,7 +533,11 @@ def _check_finite(job: Job, name: str, deltas: Tensor) -> None:
         return
     who = next((e for e, w in job.experts.items() if not torch.isfinite(w[name].float()).all()), "the base")
     where = who if who == "the base" else f"expert '{who}'"
-    raise WeightsError(f"{where} has NaN or inf in tensor '{name}': repair or leave out that checkpoint")
+    raise _not_finite(where, name)
+
+
+def _not_finite(where: str, name: str) -> WeightsError:
+    return WeightsError(f"{where} has NaN or inf in tensor '{name}': repair or leave out that checkpoint")
 
 
 def merge_each(

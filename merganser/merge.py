@@ -5,6 +5,7 @@ how it came to be.
 """
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import as_adapter
 from .card import digest, key_of, write_card
 from .errors import WeightsError
 from .examine import How, Ingredients, examine
 from .fingerprint import Seen
 from .loop import Job, Piece, is_float, merge_each, survey
 from .progress import Progress, silent
+from .weights.adapter import Adapted, Bare
 from .weights.header import folder_of
 from .weights.hub import name_of
 from .weights.open import Source
@@ -34,7 +37,7 @@ NARROW = (torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)  # a sum of fin
 
 
 def merge(
-    base: Source,
+    base: Source | None,
     experts: Mapping[str, Source] | Sequence[Source],
     how: How,
     *,
@@ -47,6 +50,7 @@ def merge(
     vocabulary: str | None = None,
     dtype: str | None = None,
     stored: str = "model",
+    rank: int | str | None = None,
     progress: Progress = silent,
     about: Mapping[str, Any] | None = None,
 ) -> Mapping[str, Tensor]:
@@ -62,7 +66,10 @@ def merge(
     where        knobs that differ by tensor: ``{"*.mlp.*": {"ties": {"density": 0.4}}}`` (see `where`)
     vocabulary   where vocabularies differ: "base", "union" or an expert's name (see `weights.match`)
     dtype        of the result's floating point tensors, "float32" for one; default: the base's, tensor by tensor
-    stored       "model", or "delta": only what is added to the base, in fp32, which bf16 would round away
+    stored       "model", or "delta": only what is added to the base, in fp32, which bf16 would round away; "adapter":
+                 one LoRA adapter that PEFT loads, where the experts are adapters (``base`` may then be None)
+    rank         of that adapter: a number, "exact" (the ranks' sum, where the merge is a product of that rank), or None:
+                 the experts' largest
     about        more for the card of the result
 
     Raises WeightsError (keys, shapes, non-finite values), SentenceError (grammar, steps, knobs; adapt words belong to
@@ -70,21 +77,29 @@ def merge(
     """
     found, _, sentence, ready = examine(
         base, experts, how, into=into, own=own, seed=seed, ingredients=ingredients, part=part, where=where,
-        vocabulary=vocabulary, dtype=dtype, stored=stored,
+        vocabulary=vocabulary, dtype=dtype, stored=stored, rank=rank,
     )  # fmt: skip
     found.tell()
+    for one in found.warnings:
+        warnings.warn(str(one), stacklevel=2)
     assert ready is not None
     job = ready.job
     card = {
-        "kind": "delta" if stored == "delta" else "merge",
+        "kind": "merge" if stored == "model" else stored,
         "sentence": str(sentence),
         "seed": seed,
         "own": list(own),
         **({"where": where} if where else {}),
         **({"dtype": dtype} if dtype else {}),
+        **({"rank": rank} if rank is not None else {}),
         **({"vocabulary": vocabulary} if vocabulary else {}),
         **(about or {}),
     }
+    if ready.adapter is not None:
+        target = ready.target or torch.float32
+        if into is None:
+            return as_adapter.in_memory(ready.adapter, target, progress)
+        return as_adapter.streamed(ready.adapter, Path(into), card, target, job_key(card, [job]), progress)
     output = Output(job.base, job.names, ready.target, stored)
     if into is None:
         return output.in_memory([job], progress)
@@ -191,6 +206,7 @@ def hashes(jobs: Sequence[Job], seen: Seen, share: Share | None = None) -> dict[
     for job in jobs:
         for who, weights in {"base": job.base, **job.experts}.items():
             if not getattr(weights, "made_up", False):  # a base of zeros is nobody's input
+                weights = weights.adapter if isinstance(weights, Adapted) else weights  # what it adds is what was read
                 mine = {n: seen.of(who, n, weights[n]) for n in weights if share is None or share.holds(n)}
                 found.setdefault(who, {}).update(mine)
     return found
@@ -224,4 +240,8 @@ def identity(weights: Mapping[str, Tensor]) -> Any:
         return [files, {n: [e.dtype, *e.shape] for n, e in weights.entries.items()}]
     if isinstance(weights, Renamed):
         return [identity(weights.weights), dict(weights.names)]
+    if isinstance(weights, Bare):
+        return {name: list(shape) for name, shape in weights.shapes.items()}
+    if isinstance(weights, Adapted):
+        return [identity(weights.adapter.weights), weights.adapter.config]
     return digest(weights)

@@ -28,6 +28,7 @@ from .models.statistics import norms, reset_statistics
 from .progress import Progress, Tick, silent
 from .recipe import Recipe
 from .sentence import Sentence, parse
+from .weights.delta import over
 from .weights.match import match
 from .weights.open import matches, open_weights
 from .weights.renamed import Renamed
@@ -148,7 +149,7 @@ def _prepare(recipe: Recipe, tick: Tick) -> Prepared:
     sentences = check_sentences(recipe)
     tick(1)
     whole = open_weights(recipe.model.base)
-    sources = {name: open_weights(path) for name, path in recipe.experts.items()}
+    sources = {name: over(whole, open_weights(path)) for name, path in recipe.experts.items()}
     tasks = open_tasks(recipe)
     raw = read_unlabeled(recipe.inputs.files, recipe.inputs.limit) if recipe.inputs else None
     splits = read_splits(recipe, tasks)

@@ -325,6 +325,11 @@ def _told(model: Any) -> dict[str, str]:
         told["inputs"] = "\n".join(f"{name}  {str(sha)[:16]}" for name, sha in card["inputs"].items())
     if model.config:
         told["config"] = ", ".join(f"{key} {_plain(value)}" for key, value in model.config.items())
+    if model.adapter:
+        parts = (f"{key} {_plain(value)}" for key, value in model.adapter.items() if key != "full")
+        told["adapter"] = ", ".join(parts)
+        if model.adapter["full"]:
+            told["in full"] = "\n".join(model.adapter["full"][:4])
     files = list(model.files.items())
     told["files"] = "\n".join(f"{name}  {bytes_text(size)}" for name, size in files[:4])
     told["files"] += f"\n... {len(files) - 4} more" if len(files) > 4 else ""

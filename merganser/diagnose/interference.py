@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..models.encoder import features
 from ..models.heads import AnyHead, Stacked
 from ..progress import Progress, silent
+from ..weights.delta import over
 from ..weights.open import Source, named, open_weights
 
 
@@ -56,12 +57,15 @@ def diagnose(
     tasks = list(heads)
     models = {"merged": merged} if any(isinstance(value, Tensor) for value in merged.values()) else merged
     data = inputs if isinstance(inputs, Mapping) else dict.fromkeys(tasks, inputs)
-    after = {name: open_weights(source) for name, source in named(experts).items()}
-    before = {name: open_weights(s) for name, s in named(reference).items()} if reference is not None else after
+    zero_weights = open_weights(base)
+    after = {name: over(zero_weights, open_weights(source)) for name, source in named(experts).items()}
+    before = after
+    if reference is not None:
+        before = {name: over(zero_weights, open_weights(source)) for name, source in named(reference).items()}
     look = _Look(encoder, heads, data, kind)
     total = len(tasks) * (1 + len(tasks) * (2 if reference is not None else 1) + len(models))
     with progress("diagnose", total) as tick:
-        zero = look(open_weights(base), tick)
+        zero = look(zero_weights, tick)
         originals = {name: look(weights, tick) for name, weights in before.items()}
         adapted = originals if reference is None else {n: look(w, tick) for n, w in after.items()}
         drift = [
@@ -73,7 +77,7 @@ def diagnose(
         ]
         xi = {}
         for name, weights in models.items():
-            said = look(open_weights(weights), tick)
+            said = look(over(zero_weights, open_weights(weights)), tick)
             xi[name] = [[divergence(originals[j][i][j], said[i][j]) for j in tasks] for i in tasks]
     return Diagnosis(tasks, drift, xi)
 

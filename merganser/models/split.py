@@ -17,6 +17,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import HeadError, WeightsError
+from ..weights.adapter import is_adapter
+from ..weights.delta import over
 from ..weights.open import Source, Weights, open_weights
 from ..weights.renamed import Renamed
 from .heads import AnyHead, Head, linear_head
@@ -128,9 +130,10 @@ def split_head(expert: Source, config: Any = None, *, base: Source | None = None
     if config is None:
         if isinstance(expert, Mapping):
             raise HeadError("splitting weights in memory needs their config: split_head(weights, config)")
-        config = read_config(expert)
+        config = read_config(base if isinstance(base, str | Path) and is_adapter(Path(expert)) else expert)
     who = "the expert" if isinstance(expert, Mapping) else str(expert)
     weights, known = open_weights(expert), None if base is None else open_weights(base)
+    weights = weights if known is None else over(known, weights)
     family = _family(_plain(config), who)
     if known is not None and family.pooling == "pooler" and not aligned(known, ["pooler.dense.weight"], [family.root]):
         family = family._replace(pooling="cls", dense=f"{family.root}pooler.dense")

@@ -4,6 +4,8 @@ An eigendecomposition of the smaller Gram matrix in float64 costs a third to a h
 its rounding, 1e-16 of the largest squared singular value, is far below NULL^2.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -26,6 +28,18 @@ def matrices(
         raise ValueError(f"conv must be 'matrix' or 'mean', got {conv!r}")
     matrix = deltas.ndim == 3 or (deltas.ndim == 5 and conv == "matrix")
     return deltas.flatten(2) if matrix and "text_projection" not in name and moved(deltas) else None
+
+
+def factored(shape: Sequence[int], conv: str = "matrix") -> bool:
+    """Tell whether a spectral step sees a tensor of this shape as a matrix (see `matrices`)."""
+    if conv not in CONV:
+        raise ValueError(f"conv must be 'matrix' or 'mean', got {conv!r}")
+    return len(shape) == 2 or (len(shape) == 4 and conv == "matrix")
+
+
+def peaks(basis: Float[Tensor, "m k"]) -> Float[Tensor, " k"]:
+    """Return each column's entry of the largest magnitude: its sign settles that of a singular vector."""
+    return basis.gather(0, basis.detach().abs().argmax(dim=0, keepdim=True))[0]
 
 
 def moved(deltas: Tensor) -> bool:

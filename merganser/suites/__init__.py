@@ -8,6 +8,11 @@ PUBLISHED = ("clip-8", "clip-14", "clip-20", "domainnet")
 SUITES = (*OWN, *PUBLISHED)
 
 
+def module_of(name: str) -> str:
+    """Return the module that holds the suite ``name``."""
+    return "clip" if name.startswith("clip-") else name
+
+
 def open_suite(name: str, **settings: Any) -> Any:
     """Return the suite ``name``: what has ``bench``, ``SUITE``, ``SENTENCES`` and ``PACKAGES``.
 
@@ -24,5 +29,5 @@ def open_suite(name: str, **settings: Any) -> Any:
     known = {"domainnet": ("models", "inputs", "rows"), "vision": ("network",)}.get(name, ())
     if wrong := [key for key in given if key not in known]:
         raise DataError(f"suite '{name}' has no --{wrong[0]}: it is one of {', '.join(PUBLISHED)}")
-    found = import_module(f"merganser.suites.{name}")
+    found = import_module(f"merganser.suites.{module_of(name)}")
     return found.suite(**given) if known else found

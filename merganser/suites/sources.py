@@ -16,7 +16,7 @@ from ..errors import DataError, MissingExtra
 from ..evaluate.pictures import split_files
 from ..weights.hub import download
 
-SPLITS = {"train": ("train",), "val": ("val",), "test": ("test", "validation", "valid")}
+SPLITS = {"train": ("train",), "val": ("validation", "valid", "val"), "test": ("test",)}
 
 
 def model(root: Path | None, name: str) -> Path:
@@ -58,6 +58,8 @@ def write_task(into: Path, told: Mapping[str, Any], data: Path, *, keyed: bool =
     splits: dict[str, Sequence[Path]] = {}
     for split, names in SPLITS.items():
         splits[split] = next((found for name in names if (found := split_files(data, name))), [])
+    if not splits["test"]:  # then validation rows are what is scored, and nothing is chosen on them
+        splits["test"], splits["val"] = splits["val"], []
     if not splits["test"]:
         raise DataError(f"{data}: no test split (test-*.parquet, test/*.tar, test/CLASS/ or test.txt)")
     named = {split: [str(place.resolve()) for place in places] for split, places in splits.items() if places}

@@ -1,9 +1,10 @@
-"""Experts stored as what they add to their base: a folder that ``merge(..., stored="delta")`` wrote."""
+"""Experts stored as what they add to their base: LoRA adapters, and what ``merge(..., stored="delta")`` wrote."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..errors import WeightsError
+from .adapter import Adapted, Adapter
 from .header import FLOATS, Head, View, Weights, header
 from .stored import Stored
 
@@ -17,7 +18,9 @@ def is_delta(weights: Weights) -> bool:
 
 
 def over(base: Weights, weights: Weights) -> Weights:
-    """Return ``weights`` as they are, or ``base + weights`` where they are a stored delta."""
+    """Return ``weights`` as they are, or ``base + weights`` where they are a stored delta or an adapter."""
+    if isinstance(weights, Adapter):
+        return Adapted(base, weights)
     return Sum(base, weights) if is_delta(weights) else weights
 
 
@@ -42,7 +45,7 @@ class Sum(View):
         import torch
 
         origin = self.base[name]
-        if not self._added(name):
+        if not self.touches(name):
             return origin
         kind = torch.float64 if origin.dtype == torch.float64 else torch.float32
         return origin.to(kind) + self.weights[name].to(kind)
@@ -59,7 +62,8 @@ class Sum(View):
     def header(self, name: str) -> Head:
         """Return dtype name and shape of a tensor without its bytes."""
         dtype, shape = header(self.base, name)
-        return ("F64" if dtype == "F64" else "F32") if self._added(name) else dtype, shape
+        return ("F64" if dtype == "F64" else "F32") if self.touches(name) else dtype, shape
 
-    def _added(self, name: str) -> bool:
+    def touches(self, name: str) -> bool:
+        """Tell whether the delta has this tensor."""
         return name in self.weights and header(self.base, name)[0] in FLOATS and header(self.weights, name)[0] in FLOATS

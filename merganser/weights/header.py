@@ -16,6 +16,8 @@ from .stored import DTYPES, Stored
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .adapter import Factors
+
 Weights = Mapping[str, "Tensor"]
 Head = tuple[str, tuple[int, ...]]
 
@@ -42,6 +44,20 @@ def shape_of(weights: Weights, name: str) -> tuple[int, ...]:
     return header(weights, name)[1]
 
 
+def touches(weights: Weights, name: str) -> bool:
+    """Tell whether a tensor may differ from that of the base that ``weights`` are a view over; True where there is none."""
+    if isinstance(weights, Renamed):
+        return touches(weights.weights, weights.names[name])
+    return not isinstance(weights, View) or weights.touches(name)
+
+
+def factors(weights: Weights, name: str) -> "Factors | None":
+    """Return what a tensor adds to its base's as a product of two matrices, None where it is not known as one."""
+    if isinstance(weights, Renamed):
+        return factors(weights.weights, weights.names[name])
+    return weights.factors(name) if isinstance(weights, View) else None
+
+
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Tell whether ``name`` fits one of the glob ``patterns``."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
@@ -66,6 +82,14 @@ class View(Mapping[str, "Tensor"]):
     def header(self, name: str) -> Head:
         """Return dtype name and shape of a tensor without its bytes."""
         raise NotImplementedError
+
+    def touches(self, name: str) -> bool:
+        """Tell whether a tensor may differ from the base's, where the view is over one."""
+        return True
+
+    def factors(self, name: str) -> "Factors | None":
+        """Return what a tensor adds to the base's as a product of two matrices, where it is known as one."""
+        return None
 
 
 class Picked(View):
@@ -95,6 +119,14 @@ class Picked(View):
     def header(self, name: str) -> Head:
         """Return dtype name and shape of a tensor without its bytes."""
         return header(*self.parts[name])
+
+    def touches(self, name: str) -> bool:
+        """Tell whether a tensor may differ from the base's."""
+        return touches(*self.parts[name])
+
+    def factors(self, name: str) -> "Factors | None":
+        """Return what a tensor adds to the base's as a product."""
+        return factors(*self.parts[name])
 
 
 class Headers(View):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..errors import WeightsError
 from . import hub
+from .adapter import CONFIG, Adapter, is_adapter
 from .header import Weights as Weights
 from .header import header as header
 from .header import matches as matches
@@ -22,6 +23,8 @@ def open_weights(source: Source) -> Weights:
 
     A mapping is returned as it is. Otherwise, in this order:
 
+    adapter       a folder with adapter_config.json and adapter_model.safetensors or .bin and no model, or that file: a
+                  LoRA as PEFT writes it (`adapter.Adapter`), which is an expert where there is a base
     folder        model.safetensors.index.json and its shards, model.safetensors, any other .safetensors (`Stored`);
                   where there are none pytorch_model.bin.index.json and its shards, pytorch_model.bin, the only
                   .bin, .pt, .pth, .ckpt or .pkl that is not a trainer's (`Pickled`)
@@ -36,6 +39,8 @@ def open_weights(source: Source) -> Weights:
     if hub.is_name(source):
         source = hub.download(str(source))
     path = Path(source)
+    if is_adapter(path):
+        return Adapter(path)
     if path.is_dir():
         return Pickled(path) if not any(path.glob("*.safetensors*")) and find_pickles(path) else Stored(path)
     return Pickled(path) if path.is_file() and path.suffix in PICKLES else Stored(path)
@@ -47,7 +52,10 @@ def open_headers(source: Source) -> Weights:
     A Hub model becomes `header.Headers` (config and tokenizer files are fetched, tensors cannot be touched); anything
     else is opened as `open_weights` does, which reads headers only.
     """
-    return hub.remote_headers(str(source)) if hub.is_name(source) else open_weights(source)
+    if not hub.is_name(source):
+        return open_weights(source)
+    headers = hub.remote_headers(str(source))
+    return Adapter(headers.path, headers) if headers.path and (headers.path / CONFIG).is_file() else headers
 
 
 def named(experts: Mapping[str, Source] | Sequence[Source]) -> dict[str, Source]:

@@ -44,7 +44,7 @@ def refuse_overwriting(folder: str | Path, *sources: Any) -> None:
     """Raise WeightsError if ``folder`` is where one of the ``sources`` lies: writing would destroy what is read."""
     target = Path(folder).resolve()
     for source in sources:
-        path = source.path if isinstance(source, Stored) else source
+        path = getattr(source, "path", source)
         if isinstance(path, str | Path) and target in (Path(path).resolve(), Path(path).resolve().parent):
             raise WeightsError(f"{folder} holds an input ({path}); give another folder for the result")
 
@@ -75,7 +75,10 @@ def write_readme(folder: Path, card: Mapping[str, Any]) -> None:
     """Write the model card the Hub reads: base model, relation, the sentence and where each input came from."""
     front = ["---", TAGS]
     if "base" in card:
-        front += [f"base_model: {json.dumps(card['base'])}", "base_model_relation: merge"]
+        relation = "adapter" if "adapter" in card else "merge"
+        front += [f"base_model: {json.dumps(card['base'])}", f"base_model_relation: {relation}"]
+    if "adapter" in card:
+        front += ["library_name: peft"]
     experts = [name for name in card.get("inputs", {}) if name != "base"]
     kit = card.get("mergekit")
     body = [
@@ -83,6 +86,7 @@ def write_readme(folder: Path, card: Mapping[str, Any]) -> None:
         "",
         f"# Merge of {len(kit['models'])} models" if kit else f"# Merge of {len(experts)} experts",
         "",
+        *([_of_rank(card["adapter"]), ""] if "adapter" in card else []),
         *([f"mergekit's `{kit['method']}`; the config is mergekit_config.yml beside the weights.", ""] if kit else []),
         "Made by [merganser](https://pypi.org/project/merganser/) with",
         "",
@@ -94,3 +98,13 @@ def write_readme(folder: Path, card: Mapping[str, Any]) -> None:
         "",
     ]
     (folder / "README.md").write_text("\n".join(front + body))
+
+
+def _of_rank(told: Mapping[str, Any]) -> str:
+    """Return the sentence on an adapter's rank and what it leaves out."""
+    error = told["error"]
+    return (
+        f"One LoRA adapter of rank {told['rank']}, {told['modules']} modules. Relative error of the merged change: "
+        f"{error['all']:.2g} in all, {error['median']:.2g} in the median module, {error['worst'][1]:.2g} at most "
+        f"({error['worst'][0]})."
+    )

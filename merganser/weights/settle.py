@@ -20,7 +20,7 @@ from ..errors import WeightsError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|adapter_model\.safetensors")
 PARTIAL = ".merganser-partial"
 LOCK, NEW, COMMIT = "lock", "new", "commit.json"
 CARDS = ("README.md", "card.json")  # they tell of the weights beside them; card.json is what says that all is done

@@ -47,6 +47,7 @@ class Sink:
     Nobody else can write into ``folder`` meanwhile, and what was there stays as it is until ``close``. Names like
     ``2_Dense/linear.weight`` go to the sub-folder (a module of sentence-transformers). What is put into ``staging``
     (config, tokenizer, cards) appears together with the weights. ``missing``: names that are not complete yet.
+    ``single``: the file's name; one of another name than a model's is never cut into shards.
     ``key``: says what is being made; a process that was killed after some time leaves what it had done, and the next
     Sink with the same key, spec and metadata goes on with it.
 
@@ -62,9 +63,10 @@ class Sink:
         *,
         metadata: Mapping[str, str] | None = None,
         shard_size: int = 5 * 10**9,
+        single: str = SINGLE,
         key: str | None = None,
     ):
-        self.folder, self.key = Path(folder), key
+        self.folder, self.key, self.single = Path(folder), key, single
         self.staging = self.folder / PARTIAL / NEW
         self.missing = set(spec)
         self.offsets: dict[str, tuple[int, int, int]] = {}  # file, first byte, bytes
@@ -89,10 +91,14 @@ class Sink:
 
     def _lay_out(self, part: str, spec: Spec, metadata: Mapping[str, str], shard_size: int) -> None:
         """Decide on the shards of one part: their names, headers and sizes, and where each tensor lies."""
-        groups = _group(spec, shard_size)
+        groups = (
+            _group(spec, shard_size)
+            if self.single == SINGLE
+            else [sorted(spec, key=lambda n: (-KNOWN[spec[n][0]][1], n))]
+        )
         weight_map: dict[str, str] = {}
         for k, group in enumerate(groups):
-            shard = SINGLE if len(groups) == 1 else f"model-{k + 1:05d}-of-{len(groups):05d}.safetensors"
+            shard = self.single if len(groups) == 1 else f"model-{k + 1:05d}-of-{len(groups):05d}.safetensors"
             told = {"format": "pt", **metadata, **({PART_KEY: part[:-1]} if part else {})}
             header: dict[str, Any] = {"__metadata__": told}
             at = 0

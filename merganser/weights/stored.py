@@ -27,6 +27,7 @@ T = TypeVar("T")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 PICKLE = "pytorch_model.bin"
 MODULES = "modules.json"
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 PART = re.compile(r"\d+_\w+(/[\w.-]+)?")  # 2_Dense: how sentence-transformers names the folder of a module
 PART_KEY = "merganser.part"  # in the metadata of a part's shards, so that they are known without modules.json
 DTYPES = {
@@ -181,7 +182,9 @@ def weight_files(folder: Path) -> list[str]:
     except WeightsError:  # what is there need not be in order
         parts = []
     files = (p for part in ("", *parts) for p in (folder / part).glob("model*.safetensors*"))
-    return [p.relative_to(folder).as_posix() for p in files if p.name == INDEX or SHARD.fullmatch(p.name)]
+    found = [p.relative_to(folder).as_posix() for p in files if p.name == INDEX or SHARD.fullmatch(p.name)]
+    whole = all((folder / name).is_file() for name in ADAPTER)  # one of them alone says nothing of what the folder is
+    return found + [*ADAPTER] * whole
 
 
 def first(names: Sequence[str]) -> str:

@@ -41,7 +41,7 @@ def canonical(base: Weights, experts: Mapping[str, Weights]) -> dict[str, str]:
     ``{"lm_head.weight": "embed.weight"}``: a step that draws must treat both alike, or the merged model is no longer
     tied. Pairs of the same dtype and shape are compared, first by a few of their bytes, in full only where those agree.
     """
-    if any(isinstance(weights, Headers) for weights in (base, *experts.values())):
+    if getattr(base, "made_up", False) or any(isinstance(weights, Headers) for weights in (base, *experts.values())):
         return {}
     groups: dict[tuple[Head, bytes], list[str]] = defaultdict(list)
     for name, head in _pairs(base).items():

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import WeightsError, did_you_mean
-from .header import FLOATS, Head, View, Weights, folder_of, header, matches
+from .header import FLOATS, Head, View, Weights, factors, folder_of, header, matches, touches
 from .tokenizer import (
     add_tokens,
     copy_tokenizer,
@@ -32,6 +32,8 @@ from .tokenizer import vocabulary as vocabulary
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from .adapter import Factors
 
 BASE = "base"
 PADDING = 1024  # more rows than tokens than this, and a tensor without a config is no embedding
@@ -316,6 +318,14 @@ class ExpertRows(_Rows):
             return dtype, shape
         other = header(self.base.weights, name)[0]
         return _wider(dtype, other), (self.rows, *shape[1:])
+
+    def touches(self, name: str) -> bool:
+        """Tell whether a tensor may differ from the base's."""
+        return name in self.names or touches(self.weights, name)
+
+    def factors(self, name: str) -> "Factors | None":
+        """Return what a tensor adds to the base's as a product."""
+        return None if name in self.names else factors(self.weights, name)
 
 
 def _wider(one: str, other: str) -> str:

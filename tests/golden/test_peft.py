@@ -2,7 +2,7 @@
 
 PEFT keeps exactly int(density d) entries, elects signs before the weights join in and divides by the number of agreeing
 experts: `scope="tensor"`, `equal="first"`, `weights_vote=False`; its "frequency" is `elect="count"`.
-Not compared here: peft/awa_*, which merge LoRA factors.
+Not compared here: peft/awa_*, which merge LoRA factors: lora/test_peft_sums.py does.
 """
 
 import pytest

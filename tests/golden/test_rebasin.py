@@ -1,7 +1,7 @@
 """Git Re-Basin's weight matching against the numbers of the published code (samuela/git-re-basin), exactly.
 
 The published code draws the order in which it visits permutations; the cases hold it. Kernels are [in, out] (flax).
-Not here: core/* are LoRA merges in the core space, another step; _core_dare and _full_tsv_lora are remarks.
+Not here: core/* are in test_core.py.
 """
 
 import pytest

@@ -24,10 +24,12 @@ NAMES = [module.name for module in pkgutil.iter_modules(merganser.steps.align.__
 ALIGN = {name: getattr(importlib.import_module(f"merganser.steps.align.{name}"), name) for name in NAMES}
 KNOBS: dict[str, list[dict[str, Any]]] = {
     "knots": [{}, {"threshold": 0}, {"conv": "mean"}],
+    "core": [{}, {"conv": "mean"}],
     "permute": [{}, {"to": "base"}, {"spec": "mlp"}],
 }
 WRONG: dict[str, list[dict[str, Any]]] = {
     "knots": [{"threshold": -1}, {"threshold": "small"}, {"threshold": float("nan")}, {"conv": "svd"}],
+    "core": [{"conv": "svd"}],
     "permute": [{"to": "last"}, {"spec": "resnet"}, {"spec": "no/such/file.toml"}, {"spec": 3}],
 }
 every_align = pytest.mark.parametrize(("name", "knobs"), [(n, k) for n in ALIGN for k in KNOBS[n]], ids=str)

@@ -65,6 +65,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "wudi": [{"solve": "exact"}, {"steps": 0}, {"conv": "mean"}],
     "esm": [{"conv": "mean"}],
     "knots": [{"threshold": 0}, {"conv": "mean"}],
+    "core": [{"conv": "mean"}],
     "permute": [{"to": "base"}, {"spec": "mlp"}],
     "slerp": [{"t": 0}, {"t": 0.3}],
     "nuslerp": [{"weights": [1, 3]}, {"on": "weights"}, {"flatten": False}, {"flatten": False, "row_wise": True}],

@@ -88,6 +88,9 @@ def repositories(root):
     modules = json.dumps([{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}])
     dense = {"2_Dense/model.safetensors": {"linear.weight": torch.ones(2, 2)}, "2_Dense/config.json": "{}"}
     put("org/sentences", {"model.safetensors": ones, "modules.json": modules, "1_Pooling/config.json": "{}", **dense})
+    low = {f"base_model.model.w.lora_{x}.weight": torch.ones(s) for x, s in (("A", (2, SIZE)), ("B", (3, 2)))}
+    told = json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["w"]})
+    put("org/lora", {"adapter_config.json": told, "adapter_model.safetensors": low, "optimizer.pt": ones})
     put("org/odd[1]", {"x": "1"})
 
 
@@ -135,6 +138,15 @@ def test_headers_are_read_without_the_tensors(server, name):
     assert told == f"{count} ('F32', ({SIZE},)) True"
     assert server.bytes(".safetensors") < 2 * count * 110_000
     assert "only its headers were read" in server.fails(f"w = open_headers('{name}'); w[list(w)[0]]")
+
+
+def test_an_adapter_is_downloaded_or_known_by_its_headers(server):
+    told = server.says("w = open_headers('org/lora'); print(type(w).__name__, list(w.modules), w.shape('w'))")
+    assert told == f"Adapter ['w'] (3, {SIZE})"
+    assert 0 < server.bytes("adapter_model") < 4 * SIZE
+    assert server.says("w = open_weights('org/lora'); print(w.factors('w', None).left.sum().item())") == "12.0"
+    assert server.bytes("adapter_model") > 8 * SIZE
+    assert server.bytes("optimizer.pt") == 0
 
 
 def test_pickles_have_no_headers(server):

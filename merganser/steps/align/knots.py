@@ -1,12 +1,14 @@
 """KnOTS: all experts' deltas in one common basis of the outputs, where entries of one index mean the same."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..spectrum import leading, matrices
+from ..spectrum import NULL, factored, leading, matrices, peaks
+
+LINEAR = True  # what is linear in the coordinates is so in the deltas
 
 
 def knots(
@@ -30,19 +32,46 @@ def knots(
     Gradients are finite if singular values are distinct. Raises ValueError for a negative threshold or unknown conv.
     Source: Stoica et al., Model merging with SVD to tie the KnOTS (arXiv 2410.19735).
     """
-    if not (isinstance(threshold, (int, float)) and 0 <= threshold < float("inf")):
-        raise ValueError(f"threshold must be a number of at least 0, got {threshold!r}")
+    _check(threshold)
     wide = matrices(deltas, conv)
     if wide is None:
         return deltas, _unchanged
     u, s, v = leading(torch.cat(list(wide), dim=1))
-    peaks = u.gather(0, u.detach().abs().argmax(dim=0, keepdim=True))
     keep = s > threshold
-    sign = peaks.sign()[0, keep]
+    sign = peaks(u).sign()[keep]
     basis = (u[:, keep] * sign).to(deltas.dtype)
     stacked = (v[:, keep] * (s[keep] * sign)).to(deltas.dtype)
     coords = stacked.reshape(len(wide), wide.shape[2], -1).mT.contiguous()
     return coords, lambda merged: (basis @ merged.to(basis.dtype)).reshape(deltas.shape[1:])
+
+
+def knots_factors(
+    factors: Sequence[tuple[Tensor, Tensor]], shape: Sequence[int], *, threshold: float = 1e-5, conv: str = "matrix"
+) -> tuple[Float[Tensor, "experts rank inner"], Callable[[Tensor], tuple[Tensor, Tensor]]] | None:
+    """Do the same for deltas ``B_t A_t`` of which the factors are known: exact, and without a decomposition of that size.
+
+        [B_1 | .. | B_T] = Q R,    A_t^T = Q_t R_t,    R diag(R_1^T, .., R_T^T) = u diag(S) v^T  (of the ranks' sum)
+        U = Q u,    X_t = diag(S) v_t^T Q_t^T,    restore(X) = U, X  (a product again)
+
+    ``shape`` is the tensor's. None where `knots` would pass it unchanged. Source: see `knots`.
+    """
+    _check(threshold)
+    if not factored(shape, conv):
+        return None
+    q, r = torch.linalg.qr(torch.cat([b for b, _ in factors], dim=1).double())
+    rows = [torch.linalg.qr(a.mT.double()) for _, a in factors]
+    u, s, vt = torch.linalg.svd(r @ torch.block_diag(*(one.R.mT for one in rows)), full_matrices=False)
+    u, keep = q @ u, (s > threshold) & (s > NULL * s[:1])
+    sign = peaks(u).sign()[keep]
+    basis = (u[:, keep] * sign).to(factors[0][0].dtype)
+    mine = (vt[keep] * (s[keep] * sign)[:, None]).split([one.R.shape[0] for one in rows], dim=1)
+    coords = torch.stack([part @ one.Q.mT for part, one in zip(mine, rows, strict=True)]).to(basis.dtype)
+    return coords, lambda merged: (basis, merged.to(basis.dtype))
+
+
+def _check(threshold: float) -> None:
+    if not (isinstance(threshold, (int, float)) and 0 <= threshold < float("inf")):
+        raise ValueError(f"threshold must be a number of at least 0, got {threshold!r}")
 
 
 def _unchanged(merged: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-ELEMENTWISE = True
+ELEMENTWISE = LINEAR = True
 
 
 def average(

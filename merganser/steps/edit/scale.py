@@ -5,7 +5,7 @@ import math
 from jaxtyping import Float
 from torch import Tensor
 
-ELEMENTWISE = True
+ELEMENTWISE = LINEAR = True
 
 
 def scale(delta: Float[Tensor, "*shape"], *, by: float | Tensor = 1.0) -> Float[Tensor, "*shape"]:
