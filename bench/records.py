@@ -22,6 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from merganser.report.figure import gains_figure
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 HEAD = """# Records
@@ -194,44 +196,6 @@ def short(scores: Told) -> str:
     return f"Mean score in percent ({ends}), scale chosen on validation:\n\n{table(head, lines)}"
 
 
-def figure(scores: Told) -> str:
-    """Return an SVG: each merger from without to with adapting, between the base and the experts."""
-    from io import StringIO
-
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    tuned = any(gain["tuned"] for gain in scores["gains"])
-    gains = [gain for gain in scores["gains"] if gain["tuned"] == tuned][::-1]
-    with mpl.rc_context({"svg.hashsalt": "merganser", "svg.fonttype": "none", "font.size": 9}):
-        picture = Figure(figsize=(6.4, 0.9 + 0.38 * len(gains)), layout="constrained")
-        axes = picture.subplots()
-        for height, gain in enumerate(gains):
-            a, b = (100 * scores["rows"][gain[k]]["mean"]["score"] for k in ("without", "with"))
-            low, high = (a + 100 * gain["gain"][k] for k in ("low", "high"))
-            axes.plot([low, high], [height, height], color="#9db8d9", linewidth=7, solid_capstyle="butt")
-            axes.annotate(
-                "",
-                (b, height),
-                (a, height),
-                arrowprops={"arrowstyle": "->", "color": "#1f4e8c", "shrinkA": 0, "shrinkB": 0},
-            )
-            axes.plot([a], [height], "o", color="#8a8a8a", markersize=5)
-        for name in ("base", "experts"):
-            at = 100 * scores[name]["mean"]["score"]
-            axes.axvline(at, color="#444444", linewidth=0.8, linestyle=":")
-            axes.annotate(name, (at, len(gains) - 0.4), ha="center", fontsize=8, color="#444444")
-        axes.set_yticks(range(len(gains)), [gain["merge"] for gain in gains])
-        axes.set_ylim(-0.6, len(gains))
-        axes.set_xlabel(
-            f"mean over {len(scores['tasks'])} tasks, points; from without to with adapting, band: 95 % interval"
-        )
-        axes.spines[["top", "right"]].set_visible(False)
-        out = StringIO()
-        picture.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
-
-
 def written() -> dict[Path, str]:
     """Return every generated file and its text."""
     records = tomllib.loads((RESULTS / "records.toml").read_text(encoding="utf-8"))["record"]
@@ -246,7 +210,7 @@ def written() -> dict[Path, str]:
         sections.append(f"## {title}\n\n{text}")
         page = Path(record["file"]).with_suffix("")
         if record["kind"] == "suite" and told["gains"]:
-            files[RESULTS / f"{page}.svg"] = figure(told)
+            files[RESULTS / f"{page}.svg"] = gains_figure(told)
             text = text + f"\n![{record['title']}]({page}.svg)\n"
         files[RESULTS / f"{page}.md"] = f"# {title}\n\n{text}"
     files[ROOT / "RECORDS.md"] = "\n".join(sections)

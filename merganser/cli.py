@@ -469,13 +469,20 @@ def diagnose(
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Folders that `run`, `demo` or `bench` wrote.")],
     to: Annotated[Path | None, typer.Option("--to", help="The HTML file to write.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Also an SVG of what adapting gained in the first run.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write one offline HTML page about a run, or comparing several."""
     from .report.page import report
 
     path = report(*folders, to=to)
-    say({"report": str(path)}, as_json, f"report: {path}")
+    found = {"report": str(path)}
+    if figure is not None:
+        from .report.figure import gains_figure
+
+        figure.write_text(gains_figure(json.loads((folders[0] / "scores.json").read_text("utf-8"))), encoding="utf-8")
+        found["figure"] = str(figure)
+    say(found, as_json, "\n".join(f"{what}: {where}" for what, where in found.items()))
 
 
 @app.command()
