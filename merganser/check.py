@@ -16,6 +16,7 @@ from .examine import How, Ingredients, asked_by, examine, open_ingredients, try_
 from .findings import Findings
 from .forecast import existing, free_disk, nbytes, numbers, writable
 from .sentence import parse
+from .synthetic import is_source, known_source
 from .weights.delta import over
 from .weights.header import WHOLE, Head, Headers, Weights, folder_of, header, matches
 from .weights.open import Source, named, open_headers
@@ -363,7 +364,10 @@ def _tasks(found: Findings, recipe: Any) -> None:
     with found.gather("model.statistics"):
         check_statistics(recipe)
     for file in recipe.inputs.files if recipe.inputs else ():
-        if not file.is_file():
+        if is_source(file):
+            with found.gather("inputs"):
+                known_source(file)
+        elif not file.exists():
             found.error(f"{file}: no such file of unlabeled inputs", "inputs", "correct [inputs] files", DataError)
 
 

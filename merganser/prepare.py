@@ -28,6 +28,7 @@ from .models.statistics import norms, reset_statistics
 from .progress import Progress, Tick, silent
 from .recipe import Recipe
 from .sentence import Sentence, parse
+from .synthetic import split_sources, token_texts
 from .weights.delta import over
 from .weights.match import match
 from .weights.open import matches, open_weights
@@ -151,11 +152,14 @@ def _prepare(recipe: Recipe, tick: Tick) -> Prepared:
     whole = open_weights(recipe.model.base)
     sources = {name: over(whole, open_weights(path)) for name, path in recipe.experts.items()}
     tasks = open_tasks(recipe)
-    raw = read_unlabeled(recipe.inputs.files, recipe.inputs.limit) if recipe.inputs else None
+    files, tokens = split_sources(recipe.inputs.files) if recipe.inputs else ([], [])
+    raw = read_unlabeled(files, recipe.inputs.limit) if recipe.inputs and files else None
     splits = read_splits(recipe, tasks)
     domains = open_domains(recipe)
     tick(1)
     encoder, base, experts, heads = open_models(recipe, whole, sources)
+    if tokens:
+        raw = [*([] if raw is None else raw), *random_texts(encoder, tokens)]
     experts = match(base, experts).experts
     for sentence in sentences:
         patterns = for_sentence(recipe.where, sentence.merging)
@@ -191,6 +195,13 @@ def _prepare(recipe: Recipe, tick: Tick) -> Prepared:
         elsewhere,
         parents,
     )
+
+
+def random_texts(encoder: Any, sources: Sequence[str]) -> list[str]:
+    """Return texts of random tokens of the encoder's tokenizer. Raises RecipeError if it has none."""
+    if not hasattr(encoder, "tokenizer"):
+        raise RecipeError(f"[inputs] files: '{sources[0]}' needs a text encoder, whose tokenizer the tokens are of")
+    return [text for source in sources for text in token_texts(source, encoder.tokenizer)]
 
 
 def raw_digest(split: Split) -> str:

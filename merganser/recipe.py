@@ -37,6 +37,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import RecipeError, did_you_mean
+from .synthetic import is_source
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -70,7 +71,11 @@ class HeadsPart(_Part):
 
 
 class InputsPart(_Part):
-    """Unlabeled inputs: text files (one a line) or ``.npz`` images, at most ``limit`` of them, an equal share a file."""
+    """Unlabeled inputs, at most ``limit`` of them, an equal share a file.
+
+    Files of text (one a line), ``.npz`` images, folders and data sets of pictures, or what needs no data
+    (``dead-leaves:5000``, ``tokens:2000``; see `synthetic`).
+    """
 
     files: list[Path] = Field(min_length=1)
     limit: Positive | None = None
@@ -138,7 +143,10 @@ def made_absolute(recipe: Recipe, folder: Path) -> Recipe:
     if encoder.startswith("."):
         encoder = str((folder / encoder).resolve())
     model = recipe.model.model_copy(update={"encoder": encoder})
-    return _with_paths(recipe.model_copy(update={"model": model, "tasks": tasks}), lambda path: folder / path)
+    return _with_paths(
+        recipe.model_copy(update={"model": model, "tasks": tasks}),
+        lambda path: path if is_source(path) else folder / path,
+    )
 
 
 def _with_paths(recipe: Recipe, change: Callable[[Path], Path]) -> Recipe:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError, MissingExtra, did_you_mean
+from ..synthetic import is_source, pictures
 from .metrics import METRICS
 from .pictures import Pictures, read_pictures
 
@@ -219,7 +220,8 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
 def read_unlabeled(paths: Sequence[str | Path], limit: int | None = None) -> Any:
     """Return unlabeled raw inputs: texts (``.txt`` or ``.txt.gz``, one a line) or pictures.
 
-    Pictures lie in a ``.npz`` with ``x``, a folder, or a data set's ``.parquet`` or ``.tar`` files. Arrays of one size
+    Pictures lie in a ``.npz`` with ``x``, a folder, or a data set's ``.parquet`` or ``.tar`` files, or are drawn
+    (``dead-leaves:500``, see `synthetic`). Arrays of one size
     come as one array, of several sizes as a list.
 
     With ``limit``, every file gives the same share, spread evenly over it. Raises DataError at an empty file, one
@@ -228,13 +230,13 @@ def read_unlabeled(paths: Sequence[str | Path], limit: int | None = None) -> Any
     parts = [_unlabeled(Path(path)) for path in paths]
     if not parts:
         raise DataError("no unlabeled inputs given: name at least one file")
-    if len({type(part) for part in parts}) > 1:
+    if len({isinstance(part, list) for part in parts}) > 1:
         raise DataError(f"{paths[0]} and others mix texts and images: use one kind of inputs")
     share = None if limit is None else -(-limit // len(parts))
     parts = [part if share is None or len(part) <= share else _spread(part, share) for part in parts]
-    if isinstance(parts[0], Pictures):
+    if all(isinstance(part, Pictures) for part in parts):
         return Pictures([one for part in parts for one in part.encoded])[slice(limit)]
-    alike = isinstance(parts[0], np.ndarray) and len({part.shape[1:] for part in parts}) == 1
+    alike = all(isinstance(part, np.ndarray) for part in parts) and len({part.shape[1:] for part in parts}) == 1
     joined = np.concatenate(parts) if alike else [one for part in parts for one in part]
     return joined[:limit] if limit is not None else joined
 
@@ -247,6 +249,8 @@ def _spread(part: Any, share: int) -> Any:
 
 
 def _unlabeled(path: Path) -> Any:
+    if is_source(path):
+        return pictures(path)
     if path.is_dir() or path.suffix in (".parquet", ".tar"):
         return read_pictures([path], labelled=False)[0]
     if not path.is_file():
