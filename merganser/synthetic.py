@@ -76,9 +76,9 @@ def fractals(rng: np.random.Generator, size: int) -> Picture:
     Source: Kataoka et al., Pre-training without natural images (arXiv 2101.08515).
     """
     count = int(rng.integers(2, 5))
-    maps = rng.uniform(-1, 1, (count, 2, 2))
-    norms = np.linalg.norm(maps, ord=2, axis=(1, 2))
-    maps *= (rng.uniform(0.5, 0.9, count) / norms)[:, None, None]
+    # rotate, stretch, rotate: entries drawn one by one would mostly give thin threads
+    stretched = rng.uniform(0.45, 0.85, (count, 2, 1)) * _turns(rng.uniform(0, 2 * np.pi, count))
+    maps = _turns(rng.uniform(0, 2 * np.pi, count)) @ stretched
     moves, colours = rng.uniform(-1, 1, (count, 2)), rng.uniform(0.3, 1, (count, 3))
     points = rng.uniform(-1, 1, (4000, 2))
     for _ in range(24):  # each step takes every point through one of the maps
@@ -89,6 +89,11 @@ def fractals(rng: np.random.Generator, size: int) -> Picture:
     out = np.full((size, size, 3), rng.uniform(0, 0.3))
     out[at[:, 1], at[:, 0]] = colours[which]
     return out
+
+
+def _turns(angles: np.ndarray) -> np.ndarray:
+    cos, sin = np.cos(angles), np.sin(angles)
+    return np.stack([np.stack([cos, -sin], -1), np.stack([sin, cos], -1)], -2)
 
 
 def textures(rng: np.random.Generator, size: int) -> Picture:
