@@ -33,7 +33,7 @@ from .progress import Progress, silent
 from .recipe import Recipe, made_relative, read_recipe, to_toml
 from .sentence import Sentence, parse
 from .sweep import best_row, delta_of, score_experts, score_sentence
-from .weights.header import Picked
+from .weights.header import Picked, folder_of
 from .where import for_sentence
 
 
@@ -310,7 +310,8 @@ def _keys(ready: Prepared, experts: Mapping[str, Any]) -> dict[str, Any]:
     """Return what tells these experts apart from others: the card's key of an adapted one, the digest of an original."""
     keys: dict[str, Any] = {"base": ready.digests["base"]}
     for name, weights in experts.items():
-        card = read_json(weights.path / "card.json") if weights is not ready.experts[name] else None
+        folder = folder_of(weights) if weights is not ready.experts[name] else None
+        card = read_json(folder / "card.json") if folder is not None else None
         keys[name] = card["key"] if card else ready.digests[name]
     return keys
 
