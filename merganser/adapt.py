@@ -45,7 +45,8 @@ def adapt(
 
     ``heads``: one an expert, under the expert's name. ``how``: adapt steps, such as ``"ri(steps=300)"``. ``into``: a
     folder; each expert gets its own in it, one that its card proves done is read back, and one that was interrupted
-    goes on from its last checkpoint to the same result. ``kind``: "fp32", "bf16" or "auto" (see `models.encoder`).
+    goes on from its last checkpoint to the same result; one that a step keeps an adapter (`ri`) is written as one.
+    ``kind``: "fp32", "bf16" or "auto" (see `models.encoder`).
     ``heads_key``: what the heads were made from, where that is known; their own numbers may differ in the last bit from
     one number of threads to another, and would have everything done again.
 
