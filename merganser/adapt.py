@@ -18,8 +18,10 @@ from .progress import Progress, silent
 from .sentence import Step, knobs_of, parse_words
 from .steps.twins import overlapping
 from .train import Checkpoint
+from .weights.adapter import Adapter, is_adapter
 from .weights.match import match
 from .weights.open import Source, named, open_weights
+from .weights.own_rank import adapter_in, again, save_adapter
 from .weights.save import refuse_overwriting, save
 from .weights.stored import Stored
 
@@ -43,7 +45,8 @@ def adapt(
 
     ``heads``: one an expert, under the expert's name. ``how``: adapt steps, such as ``"ri(steps=300)"``. ``into``: a
     folder; each expert gets its own in it, one that its card proves done is read back, and one that was interrupted
-    goes on from its last checkpoint to the same result. ``kind``: "fp32", "bf16" or "auto" (see `models.encoder`).
+    goes on from its last checkpoint to the same result; one that a step keeps an adapter (`ri`) is written as one.
+    ``kind``: "fp32", "bf16" or "auto" (see `models.encoder`).
     ``heads_key``: what the heads were made from, where that is known; their own numbers may differ in the last bit from
     one number of threads to another, and would have everything done again.
 
@@ -71,12 +74,14 @@ def adapt(
         }
         card["encoder"] = [type(encoder).__qualname__, getattr(encoder, "pooling", None)]
         card["inputs"] = {**same, "expert": digest(theta)}
+        if adapter_in(theta) is not None:
+            card["expert"] = "adapter"  # which it may stay, unlike a full model of the same numbers
         if shared := _shared(steps, heads, name):
             card["overlap"] = shared
         card["key"] = key_of(card)
         folder = Path(into) / name if into is not None else None
         if folder is not None and is_done(folder, card["key"]):
-            adapted[name] = Stored(folder)
+            adapted[name] = _read_back(folder, theta)
             continue
         started = time.monotonic()
         given: dict[str, Any] = {"own": name, "encoder": encoder, "_precision": kind, "_base_features": base_features}
@@ -91,10 +96,23 @@ def adapt(
                 theta = step.function(theta, theta0, heads, inputs, **knobs, **given, _tick=tick)
         adapted[name] = theta
         if folder is not None:
-            adapted[name] = save(theta, folder, {**card, "seconds": round(time.monotonic() - started, 3)})
+            card["seconds"] = round(time.monotonic() - started, 3)
+            adapted[name] = _write(theta, folder, card)
             for leftover in folder.glob("checkpoint-*.safetensors"):
                 leftover.unlink()
     return adapted
+
+
+def _write(theta: Mapping[str, Tensor], folder: Path, card: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """Write an adapted expert as it was adapted: an adapter as an adapter, another as whole weights."""
+    if (found := adapter_in(theta)) is None:
+        return save(theta, folder, card)
+    return again(theta, found, save_adapter(found.adapter, found.adapter.config, folder, card))
+
+
+def _read_back(folder: Path, theta: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    found = adapter_in(theta) if is_adapter(folder) else None
+    return Stored(folder) if found is None else again(theta, found, Adapter(folder))
 
 
 def _shared(steps: Sequence[Step], heads: Mapping[str, AnyHead], own: str) -> dict[str, list[list[float]]]:

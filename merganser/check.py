@@ -283,7 +283,7 @@ def check_suite(
 ) -> Findings:
     """Return all that will go wrong with `bench` of a suite, or with `demo`."""
     from .errors import MissingExtra
-    from .suites import open_suite
+    from .suites import ON_THE_HUB, open_suite
 
     found = Findings(plan={"suite": name, "into": str(into)})
     suite: Any = None
@@ -298,11 +298,11 @@ def check_suite(
     if settings.get("models") is not None and hasattr(suite, "checkpoints"):  # without folders it would ask the Hub
         with found.gather("--models"):
             suite.checkpoints()
-    if data is not None and suite is not None and name in ("text", "vision"):
+    if data is not None and suite is not None and name in ON_THE_HUB:
         from .suites.hub import located
 
         with found.gather("--data"):
-            data = located(name, Path(data))
+            data = located(ON_THE_HUB[name], Path(data))
     if data is not None and suite is not None:
         with found.gather("--data"):
             written = suite.SUITE.of(data).sentences

@@ -503,7 +503,7 @@ def demo(to: To = Path("merganser-demo"), seed: Seed = 0, dry_run: DryRun = Fals
 @guarded
 def bench(
     name: Annotated[
-        str, typer.Argument(help="The suite: text, vision, domains, clip-8, clip-14, clip-20 or domainnet.")
+        str, typer.Argument(help="The suite: text, lora, vision, domains, clip-8, clip-14, clip-20 or domainnet.")
     ],
     data: Annotated[
         Path | None,
@@ -536,7 +536,7 @@ def bench(
 ) -> None:
     """Run a suite of real tasks: fine-tune the experts once, then score sentences with and without adapting."""
     from .progress import bars
-    from .suites import open_suite
+    from .suites import ON_THE_HUB, open_suite
 
     settings: dict[str, Any] = {"network": network, "family": family, "models": models}
     settings |= {"inputs": inputs, "rows": rows, "protocol": protocol}
@@ -547,10 +547,10 @@ def bench(
         from .check import check_suite
 
         return tell(check_suite(name, data, how, to, seeds, **settings), as_json)
-    if name in ("text", "vision"):
+    if name in ON_THE_HUB:
         from .suites.hub import located
 
-        data = located(name, data)
+        data = located(ON_THE_HUB[name], data)
     path = suite.bench(data, to, how=how or None, seeds=seeds, experts_only=experts_only, progress=bars)
     if experts_only:
         return say({"experts": str(path)}, as_json, f"experts: {path}")

@@ -23,7 +23,9 @@ from .adapt import adapt, how_text
 from .card import file_digests, key_of, read_card, read_json, versions, write_json
 from .diagnose.interference import diagnose
 from .errors import MissingExtra
-from .evaluate.table import Row, overall_gain, read_rows, table, write_rows
+from .evaluate.ensemble import HEADS, ensembles
+from .evaluate.run import Scores
+from .evaluate.table import Row, joint, overall_gain, read_rows, table, write_rows
 from .examine import asked_by
 from .loop import applied
 from .merge import merge
@@ -33,7 +35,7 @@ from .progress import Progress, silent
 from .recipe import Recipe, made_relative, read_recipe, to_toml
 from .sentence import Sentence, parse
 from .sweep import best_row, delta_of, score_experts, score_sentence
-from .weights.header import Picked
+from .weights.header import Picked, folder_of
 from .where import for_sentence
 
 
@@ -86,7 +88,7 @@ def run(recipe: "Recipe | str | Path", to: str | Path = "run", *, progress: Prog
     stages = _Stages(folder, progress)
     experts = {"": ready.experts, **adapt_all(ready, folder, stages)}
     rows = score_all(ready, experts, stages)
-    base, own = score_ends(ready, stages)
+    base, own, side_by_side = score_ends(ready, stages)
     shifts = [row.in_domains() for row in (base, own, *rows)] if ready.domains else []
     diagnosis = diagnose_all(ready, experts, rows, stages)
     keep_best(ready, experts, rows, stages)
@@ -103,6 +105,7 @@ def run(recipe: "Recipe | str | Path", to: str | Path = "run", *, progress: Prog
         "tasks": _tasks(ready),
         "adapted": {how: f"adapted/{slug(how)}" for how in experts if how},
         **results,
+        **({"joint": joint(ready.union, base.scores, side_by_side)} if side_by_side and ready.union else {}),
         **({"domains": domains_table(ready, shifts)} if shifts else {}),
         "overall": {name: overall_gain(rows, tuned) for name, tuned in (("tuned", True), ("default", False))},
     }
@@ -190,17 +193,24 @@ def domains_table(ready: Prepared, rows: list[Row]) -> dict[str, Any]:
     return {"tasks": told, **table(base.scores, experts.scores, merged, {}), "curves": [], "overall": overall}
 
 
-def score_ends(ready: Prepared, stages: _Stages) -> tuple[Row, Row]:
-    """Return what the base scores on all tasks and each expert on its own."""
-    key = {"scored_on": ready.scored_on, "digests": ready.digests}
+def score_ends(ready: Prepared, stages: _Stages) -> tuple[Row, Row, dict[str, Scores]]:
+    """Return what the base scores on all tasks, each expert on its own, and all of them side by side (`ensembles`).
+
+    There is no ensemble where the tasks' classes have no union (`Prepared.union`).
+    """
+    key = {"scored_on": ready.scored_on, "digests": ready.digests, "ensembles": HEADS}
 
     def ends() -> list[Row]:
         base, elsewhere = ready.scored(ready.base)
         own, domains = score_experts(ready, ready.experts)
-        return [Row("base", base, domains=elsewhere), Row("experts", own, domains=domains)]
+        rows = [Row("base", base, domains=elsewhere), Row("experts", own, domains=domains)]
+        if ready.union is None:
+            return rows
+        told = ensembles(ready.encoder, ready.experts, ready.test, ready.union, kind=ready.kind)
+        return rows + [Row(form, scores) for form, scores in told.items()]
 
-    base, experts = stages.rows("base and experts", key, ends)
-    return base, experts
+    base, experts, *more = stages.rows("base and experts", key, ends)
+    return base, experts, {row.sentence: row.scores for row in more}
 
 
 def diagnose_all(ready: Prepared, experts: Mapping[str, Any], rows: list[Row], stages: _Stages) -> dict[str, Any]:
@@ -310,7 +320,8 @@ def _keys(ready: Prepared, experts: Mapping[str, Any]) -> dict[str, Any]:
     """Return what tells these experts apart from others: the card's key of an adapted one, the digest of an original."""
     keys: dict[str, Any] = {"base": ready.digests["base"]}
     for name, weights in experts.items():
-        card = read_json(weights.path / "card.json") if weights is not ready.experts[name] else None
+        folder = folder_of(weights) if weights is not ready.experts[name] else None
+        card = read_json(folder / "card.json") if folder is not None else None
         keys[name] = card["key"] if card else ready.digests[name]
     return keys
 

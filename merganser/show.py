@@ -74,7 +74,7 @@ def show_table(scores: Mapping[str, Any]) -> None:
     shown = [r for r in rows if r["tuned"] or not any(o["tuned"] and _pair(o) == _pair(r) for o in rows)]
     console = _console()
     tasks = [task["name"] for task in scores["tasks"]]
-    width = max(len(label(row)) for row in shown) + sum(len(t) + 3 for t in tasks) + 20
+    width = max(len(label(row)) for row in shown) + sum(len(t) + 3 for t in tasks) + 28
     if console.is_terminal and width > console.width:
         tasks = []
     table = _table(title=f"{scores['title']}: accuracy in percent, scale chosen on validation", title_justify="left")
@@ -82,18 +82,28 @@ def show_table(scores: Mapping[str, Any]) -> None:
     for task in tasks:
         table.add_column(task, justify="right")
     table.add_column("mean", justify="right", style="bold")
+    table.add_column("joint", justify="right")
     table.add_column("xi", justify="right")
+    joint = scores.get("joint") or {}
     for name in ("base", "experts"):
         part = scores[name]
-        table.add_row(name, *(percent(part["tasks"][t]["score"]) for t in tasks), percent(part["mean"]["score"]), "")
+        each = (percent(part["tasks"][t]["score"]) for t in tasks)
+        table.add_row(name, *each, percent(part["mean"]["score"]), first_hit(joint.get(name)), "")
+    for name, heads in (("ensemble_own", "own heads"), ("ensemble_all", "all heads")):
+        if name in joint:
+            table.add_row(f"experts side by side, {heads}", *("" for _ in tasks), "", first_hit(joint[name]), "")
     table.add_section()
     for row in shown:
         each = (percent(row["tasks"][t]["score"]) for t in tasks)
         xi = "" if row["xi"] is None else f"{row['xi']:.2f}"
-        table.add_row(label(row), *each, percent(row["mean"]["score"]), xi, style="green" if row["adapt"] else None)
+        told = (*each, percent(row["mean"]["score"]), first_hit(row), xi)
+        table.add_row(label(row), *told, style="green" if row["adapt"] else None)
     if not console.is_terminal:
         console.width = max(console.width, width)
     console.print(table)
+    if joint:
+        said = f"joint: hits@1 among the {joint['classes']} classes of all tasks, the task not told, mean over tasks"
+        console.print(said, highlight=False, markup=False, soft_wrap=True)
     for how in dict.fromkeys(row["adapt"] for row in shown if row["adapt"]):
         console.print(f"{short(how)}: {how}", highlight=False, markup=False, soft_wrap=True)
     for curve in filter(at_the_edge, scores["curves"]):
@@ -111,6 +121,11 @@ def show_table(scores: Mapping[str, Any]) -> None:
         console.print(
             f"mean gain at the scales as written: {points(overall)}", highlight=False, markup=False, soft_wrap=True
         )
+
+
+def first_hit(told: Mapping[str, Any] | None) -> str:
+    """Return hits@1 over the classes of all tasks (mean over tasks) in percent, nothing where it was not measured."""
+    return percent(told["hits"]["1"]["macro"]) if told and told.get("hits") else ""
 
 
 def short(how: str) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import HeadError
 from ..models.encoder import features
 from ..models.heads import AnyHead
-from .joint import Union, hits
+from .joint import FORMS, Union, hits
 from .metrics import calibration_error, interval, mean_scores, score
 
 
@@ -40,7 +40,8 @@ class Labelled:
 class Outcome:
     """What a model said on one task: the class it predicts for every input, and how sure it is.
 
-    ``ranks``: how many classes of all tasks it puts before the right one (`joint.Union`), where that was asked for.
+    ``ranks``: how many classes of all tasks it puts before the right one (`joint.Union`), where that was asked for;
+    ``published``: the same with the rows of all heads apart, as KnOTS counts.
     """
 
     labels: np.ndarray
@@ -48,6 +49,7 @@ class Outcome:
     confidences: np.ndarray
     metric: str = "accuracy"
     ranks: np.ndarray | None = None
+    published: np.ndarray | None = None
 
     @property
     def score(self) -> float:
@@ -106,9 +108,13 @@ class Scores(Mapping[str, Outcome]):
         p = min(1.0, 2 * max(float(tail), 1 / len(difference)))
         return {"score": self.mean - other.mean, **interval(difference), "p": p}
 
-    def hits(self) -> dict[str, dict[str, float]] | None:
-        """Return hits@k over the classes of all tasks (`joint.hits`), or None where they were not asked for."""
-        ranks = {task: o.ranks for task, o in self.outcomes.items() if o.ranks is not None}
+    def hits(self, form: str = "names") -> dict[str, dict[str, float]] | None:
+        """Return hits@k over the classes of all tasks (`joint.hits`), or None where they were not asked for.
+
+        ``form``: "names", classes with the same name are one; "published", the rows of all heads apart (`joint`).
+        """
+        kept = {task: o.ranks if form == "names" else o.published for task, o in self.outcomes.items()}
+        ranks = {task: rank for task, rank in kept.items() if rank is not None}
         return hits(ranks) if ranks and len(ranks) == len(self) else None
 
 
@@ -124,7 +130,10 @@ def evaluate(model: Model, tasks: Mapping[str, Labelled], *, union: Union | None
             raise HeadError(f"task '{name}' has no head of that name; heads: {', '.join(model.heads)}")
         x = features(model.encoder, model.weights, task.inputs, batch=batch, kind=model.kind)
         said = outcome(model.heads[name](x), task)
-        outcomes[name] = replace(said, ranks=union.ranks(x, name, task.labels)) if union else said
+        if union:
+            ranks, published = (union.ranks(x, name, task.labels, form) for form in FORMS)
+            said = replace(said, ranks=ranks, published=published)
+        outcomes[name] = said
     return Scores(outcomes)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..card import read_json, write_json
+from .joint import Union
 from .metrics import bootstrap, interval
 from .run import Outcome, Scores, means
 
@@ -59,6 +60,7 @@ def _dump(scores: Scores) -> dict[str, Any]:
             "predictions": o.predictions.tolist(),
             "confidences": [round(c, 4) for c in o.confidences.tolist()],
             **({} if o.ranks is None else {"ranks": o.ranks.tolist()}),
+            **({} if o.published is None else {"published": o.published.tolist()}),
         }
         for task, o in scores.items()
     }
@@ -68,8 +70,8 @@ def _load(told: Mapping[str, Any]) -> Scores:
     found = {}
     for task, o in told.items():
         labels, predictions, confidences = (np.array(o[name]) for name in ("labels", "predictions", "confidences"))
-        ranks = np.array(o["ranks"]) if "ranks" in o else None
-        found[task] = Outcome(labels, predictions, confidences, o["metric"], ranks)
+        ranks, published = (np.array(o[name]) if name in o else None for name in ("ranks", "published"))
+        found[task] = Outcome(labels, predictions, confidences, o["metric"], ranks, published)
     return Scores(found)
 
 
@@ -96,6 +98,14 @@ def summary(scores: Scores) -> dict[str, Any]:
     return {"tasks": tasks, "mean": {"score": scores.mean, "low": low, "high": high}}
 
 
+def joint(union: Union, base: Scores, ensembles: Mapping[str, Scores]) -> dict[str, Any]:
+    """Return what there is in the union of all tasks' classes beside merged models: its size, base and ensembles."""
+    sizes = {"classes": union.size(), "classes_published": union.size("published")}
+    told = {"base": base, **{f"ensemble_{form}": scores for form, scores in ensembles.items()}}
+    both = {name: {"hits": s.hits(), "hits_published": s.hits("published")} for name, s in told.items()}
+    return {**sizes, **both}
+
+
 def _row(row: Row, experts: Scores, xi: Mapping[str, float]) -> dict[str, Any]:
     told = summary(row.scores)
     for task, ratio in row.scores.normalised(experts).items():
@@ -113,6 +123,7 @@ def _row(row: Row, experts: Scores, xi: Mapping[str, float]) -> dict[str, Any]:
         "worst": {"task": worst, "score": row.scores[worst].score},
         "ece": row.scores.calibration_error,
         "hits": row.scores.hits(),
+        "hits_published": row.scores.hits("published"),
         "xi": xi.get(row.sentence),
         "seconds": row.seconds,
     }

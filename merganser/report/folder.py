@@ -53,7 +53,27 @@ class Worst(Said):
     score: Number
 
 
-class Row(Model):
+Hits = dict[str, dict[str, Number]]  # k, then "macro" and "micro"
+
+
+class Ranked(Said):
+    """How often the right class is among the first k of all tasks' classes; ``published``: as KnOTS counts them."""
+
+    hits: Hits | None = None
+    hits_published: Hits | None = None
+
+
+class Joint(Said):
+    """The union of all tasks' classes: its size, and what base and experts side by side reach in it."""
+
+    classes: int = 0
+    classes_published: int = 0
+    base: Ranked = Ranked()
+    ensemble_own: Ranked = Ranked()
+    ensemble_all: Ranked = Ranked()
+
+
+class Row(Model, Ranked):
     """One merged model: a sentence with the scale chosen on validation (``tuned``) or as written."""
 
     sentence: str
@@ -65,7 +85,6 @@ class Row(Model):
     normalised: Score | None = None
     worst: Worst | None = None
     ece: Number = NAN
-    hits: dict[str, dict[str, Number]] | None = None
     consumed: list[str] = []
     xi: Number = NAN
     seconds: Number = NAN
@@ -108,6 +127,7 @@ class Scores(Said):
     curves: list[Curve] = []
     adapted: dict[str, str] = {}
     overall: dict[str, Score | None] = {}
+    joint: Joint | None = None
     domains: "Scores | None" = None
 
     @model_validator(mode="after")

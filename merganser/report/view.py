@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from . import charts, words
-from .folder import Curve, Drift, Gain, Matrix, Row, Run, Score, Scores, Xi
+from .folder import Curve, Drift, Gain, Joint, Matrix, Ranked, Row, Run, Score, Scores, Xi
 from .words import interval, nats, percent, signed
 
 View = dict[str, Any]
@@ -203,7 +203,12 @@ def score_table(scores: Scores, tuned: bool, titles: dict[str, str]) -> View | N
     for name, model in (("base model", scores.base), ("experts, each on its own task", scores.experts)):
         cells = [_score_cell(model.mean, "mean"), _empty()]
         cells += [_score_cell(model.tasks.get(task), titles[task]) for task in titles]
-        cells += [_empty()] * 5
+        both = _hits_cell(scores.joint.base) if scores.joint and model is scores.base else _empty()
+        cells += [_empty(), _empty(), both, _empty(), _empty()]
+        ends.append({"name": name, "cells": [cells[i] for i in kept]})
+    at = len(titles) + 4  # the joint column, which merges of unknown hits do without
+    for name, ranked in _side_by_side(scores.joint) if at in kept else []:
+        cells = [_empty()] * at + [_hits_cell(ranked), _empty(), _empty()]
         ends.append({"name": name, "cells": [cells[i] for i in kept]})
     return {"tuned": tuned, "columns": [columns[i] for i in kept], "groups": groups, "ends": ends, "count": len(rows)}
 
@@ -229,12 +234,25 @@ def _cells(row: Row, titles: dict[str, str], gain: Gain | None) -> list[View]:
     return cells
 
 
-def _hits_cell(row: Row) -> View:
+def _side_by_side(joint: Joint | None) -> list[tuple[str, Ranked]]:
+    if joint is None:
+        return []
+    told = {
+        "experts side by side, own heads": joint.ensemble_own,
+        "experts side by side, all heads": joint.ensemble_all,
+    }
+    return [(name, ranked) for name, ranked in told.items() if ranked.hits]
+
+
+def _hits_cell(row: Ranked) -> View:
     if not row.hits:
         return _empty()
     each = ", ".join(f"hits@{k} {percent(both['macro'])}" for k, both in row.hits.items())
     first = row.hits["1"]["macro"]
-    return {"text": percent(first), "value": first, "tip": f"{each}; over all inputs {percent(row.hits['1']['micro'])}"}
+    tip = f"{each}; over all inputs {percent(row.hits['1']['micro'])}"
+    if row.hits_published:
+        tip += f"; all heads' rows apart and over all inputs {percent(row.hits_published['1']['micro'])}"
+    return {"text": percent(first), "value": first, "tip": tip}
 
 
 def _empty() -> View:

@@ -1,6 +1,7 @@
-"""Which numbers an adapt step trains: whole tensors, some of them, or a low-rank change of each matrix."""
+"""Which numbers a training changes: whole tensors, some of them, or a low-rank change of each matrix."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,38 +9,70 @@ from torch import Tensor
 from ..weights.open import matches
 
 
+class Low(NamedTuple):
+    """A matrix as ``origin + scale * left @ right``, of which only the two thin factors are trained."""
+
+    origin: Tensor
+    left: Tensor  # B [out, rank]
+    right: Tensor  # A [rank, in]; a convolution counts as [out, in * kh * kw]
+    scale: float = 1.0
+
+    def made(self, left: Tensor, right: Tensor) -> Tensor:
+        """Return the tensor that other factors make."""
+        whole = torch.addmm(self.origin.flatten(1), left, right, alpha=self.scale)
+        return whole.reshape(self.origin.shape)
+
+
 class Moving:
     """The trained parameters and the weights that they make.
 
-    rank 0: the tensors themselves. Otherwise a matrix (more than ``rank`` rows and columns) is ``start + B A`` with A
-    ``[rank, in]`` random and B ``[out, rank]`` zero; a convolution counts as ``[out, in * kh * kw]``; the rest is trained
-    whole.
+    ``whole`` tensors are parameters themselves; each of ``low`` has two, ``NAME::A`` and ``NAME::B``.
     """
 
-    def __init__(self, start: Mapping[str, Tensor], names: Sequence[str], *, rank: int = 0, seed: int = 0):
-        self.start = {n: start[n].detach().float().clone() for n in names}
-        self.low = [n for n in names if rank and self.start[n].ndim > 1 and min(self.start[n].flatten(1).shape) > rank]
-        self.params: dict[str, Tensor] = {n: self.start[n].clone() for n in names if n not in self.low}
-        for k, n in enumerate(self.low):
-            out, inner = self.start[n].flatten(1).shape
-            rng = torch.Generator().manual_seed((seed << 16) + k)
-            self.params[f"{n}::A"] = torch.randn(rank, inner, generator=rng) * inner**-0.5
-            self.params[f"{n}::B"] = torch.zeros(out, rank)
+    def __init__(self, whole: Mapping[str, Tensor], low: Mapping[str, Low] | None = None):
+        self.whole = {n: t.detach().float() for n, t in whole.items()}
+        self.low = dict(low or {})
+        self.params: dict[str, Tensor] = {n: t.clone() for n, t in self.whole.items()}
+        for n, one in self.low.items():
+            self.params[f"{n}::A"] = one.right.detach().float().clone()
+            self.params[f"{n}::B"] = one.left.detach().float().clone()
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the tensors that change."""
+        return [*self.whole, *self.low]
 
     def weights(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the weights that ``params`` make."""
-        made = {n: params[n] for n in self.start if n not in self.low}
-        for n in self.low:
-            start = self.start[n]
-            made[n] = torch.addmm(start.flatten(1), params[f"{n}::B"], params[f"{n}::A"]).reshape(start.shape)
-        return made
+        made = {n: params[n] for n in self.whole}
+        return made | {n: one.made(params[f"{n}::B"], params[f"{n}::A"]) for n, one in self.low.items()}
 
     def pull(self, params: Mapping[str, Tensor], scale: Mapping[str, Tensor]) -> Tensor:
         """Return |theta - start|^2 / |scale|^2 over all moved tensors."""
         made = self.weights(params)
-        gap = sum((made[n] - self.start[n]).square().sum() for n in self.start)
-        size = sum(scale[n].float().square().sum() for n in self.start)
+        start = self.whole | {n: one.made(one.left.float(), one.right.float()) for n, one in self.low.items()}
+        gap = sum((made[n] - start[n]).square().sum() for n in start)
+        size = sum(scale[n].float().square().sum() for n in start)
         return torch.as_tensor(gap) / torch.as_tensor(size).clamp(min=1e-30)
+
+
+def low_rank(
+    start: Mapping[str, Tensor], names: Sequence[str], rank: int, *, seed: int = 0, alpha: float | None = None
+) -> Moving:
+    """Return a training of ``start + s B A`` for each matrix, ``s = alpha / rank`` (1 without ``alpha``).
+
+    A ``[rank, in]`` is random (normal, variance 1/in), B ``[out, rank]`` zero, so it begins at ``start``. A tensor that
+    has no more than ``rank`` rows or columns is trained whole. Source: LoRA (arXiv 2106.09685, section 4.1).
+    """
+    thin = [n for n in names if rank and start[n].ndim > 1 and min(start[n].flatten(1).shape) > rank]
+    low = {}
+    for k, n in enumerate(thin):
+        origin = start[n].detach().float()
+        out, inner = origin.flatten(1).shape
+        rng = torch.Generator().manual_seed((seed << 16) + k)
+        a = torch.randn(rank, inner, generator=rng) * inner**-0.5
+        low[n] = Low(origin, torch.zeros(out, rank), a, 1.0 if alpha is None else alpha / rank)
+    return Moving({n: start[n] for n in names if n not in low}, low)
 
 
 def chosen(names: Sequence[str], only: str) -> list[str]:

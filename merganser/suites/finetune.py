@@ -1,19 +1,45 @@
 """Fine-tune an expert with its head frozen: the plain supervised recipe the suites make their experts by."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import WeightsError
 from ..evaluate.run import Labelled
 from ..models.encoder import bound, precision
 from ..models.heads import AnyHead
 from ..models.inputs import take
 from ..models.statistics import counters, is_statistic, moving
 from ..progress import Tick
+from ..steps.moving import Moving, low_rank
 from ..train import Checkpoint, Order, Plan, train
+from ..weights.adapter import PREFIX
 from ..weights.open import matches
+
+
+@dataclass(frozen=True)
+class Lora:
+    """What of a network becomes ``W + alpha/rank B A``: linear modules whose path ends in one of ``targets``."""
+
+    rank: int
+    alpha: int
+    targets: Sequence[str]
+
+    def modules(self, names: Sequence[str]) -> list[str]:
+        """Return the weights among ``names`` that are meant, as PEFT reads ``target_modules``."""
+        ends = tuple(f".{target}.weight" for target in self.targets)
+        return [name for name in names if f".{name}".endswith(ends)]
+
+    def config(self, base: str) -> dict[str, Any]:
+        """Return adapter_config.json, as PEFT writes it."""
+        told = {"peft_type": "LORA", "task_type": "FEATURE_EXTRACTION", "base_model_name_or_path": base}
+        how = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": [*self.targets], "lora_dropout": 0.0}
+        more = {"bias": "none", "use_rslora": False, "use_dora": False, "fan_in_fan_out": False}
+        return {**told, **how, **more, "inference_mode": True}
 
 
 def finetune(
@@ -34,30 +60,87 @@ def finetune(
 
     Batch norms normalise by the batch and their running statistics follow, as in any training.
     """
+    names = [name for name in _trainable(base, encoder) if not matches(name, frozen)]
+    work = Moving({name: base[name] for name in names})
+    trained, buffers = _trained(base, encoder, head, task, plan, work, batch, seed, kind, checkpoint, tick)
+    trained |= buffers
+    return {name: trained[name].to(base[name].dtype) if name in trained else base[name] for name in base}
+
+
+def finetune_lora(
+    base: Mapping[str, Tensor],
+    encoder: nn.Module,
+    head: AnyHead,
+    task: Labelled,
+    plan: Plan,
+    lora: Lora,
+    *,
+    batch: int = 32,
+    seed: int = 0,
+    start: int = 0,
+    kind: str = "auto",
+    checkpoint: Checkpoint | None = None,
+    tick: Tick = lambda _advance=1, **_terms: None,
+) -> dict[str, Tensor]:
+    """Return a LoRA adapter of ``base`` trained likewise, its tensors named as in PEFT's file; all else stays put.
+
+    ``start`` seeds the random A (B is zero), ``seed`` the order of the inputs: experts of different tasks should not
+    begin with the same A. Raises WeightsError if no tensor is meant, or one that is not a matrix larger than the rank.
+    """
+    names = lora.modules(_trainable(base, encoder))
+    if not names:
+        raise WeightsError(f"no module of the network ends in one of {', '.join(lora.targets)}")
+    work = low_rank(base, names, lora.rank, seed=start, alpha=lora.alpha)
+    if work.whole:
+        name = next(iter(work.whole))
+        raise WeightsError(f"'{name}' {list(base[name].shape)} has no change of rank {lora.rank} that is smaller")
+    trained, _ = _trained(base, encoder, head, task, plan, work, batch, seed, kind, checkpoint, tick)
+    paths = {name: f"{PREFIX}{name.removesuffix('.weight')}.lora_" for name in names}
+    return {f"{path}{part}.weight": trained[f"{name}::{part}"] for name, path in paths.items() for part in "AB"}
+
+
+def _trainable(base: Mapping[str, Tensor], encoder: nn.Module) -> list[str]:
+    prefix, known = getattr(encoder, "prefix", ""), bound(encoder, base)
+    names = [name for name in base if prefix + name in known and not is_statistic(name)]
+    return [name for name in names if base[name].is_floating_point()]
+
+
+def _trained(
+    base: Mapping[str, Tensor],
+    encoder: nn.Module,
+    head: AnyHead,
+    task: Labelled,
+    plan: Plan,
+    work: Moving,
+    batch: int,
+    seed: int,
+    kind: str,
+    checkpoint: Checkpoint | None,
+    tick: Tick,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the parameters of ``work``, trained, and the running statistics."""
     prefix = getattr(encoder, "prefix", "")
-    fixed = bound(encoder, base)
-    params = {
-        name: base[name].detach().float().clone()
-        for name in base
-        if prefix + name in fixed
-        and base[name].is_floating_point()
-        and not matches(name, frozen)
-        and not is_statistic(name)
-    }
-    fixed = {name: t for name, t in fixed.items() if name.removeprefix(prefix) not in params}
+    moved = {prefix + name for name in work.names}
+    fixed = {name: t for name, t in bound(encoder, base).items() if name not in moved}
     buffers = {name: t.detach().clone() for name, t in fixed.items() if is_statistic(name)}
     counts = {name: torch.zeros((), dtype=torch.int64) for name in counters(encoder)}
     fixed |= {**buffers, **counts}
-    labels = torch.from_numpy(task.labels)
     encoder.eval()
+    loss = _loss(encoder, head, task, work, fixed, prefix, kind)
+    order = Order(len(task), min(batch, len(task)), seed, getattr(task.inputs, "lengths", None))
+    trained, _ = train(work.params, loss, order, plan, buffers=buffers, checkpoint=checkpoint, tick=tick)
+    return trained, {name.removeprefix(prefix): tensor for name, tensor in buffers.items()}
+
+
+def _loss(
+    encoder: nn.Module, head: AnyHead, task: Labelled, work: Moving, fixed: dict[str, Tensor], prefix: str, kind: str
+) -> Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]:
+    labels = torch.from_numpy(task.labels)
 
     def loss(at: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        weights = fixed | {prefix + name: tensor for name, tensor in params.items()}
+        weights = fixed | {prefix + name: tensor for name, tensor in work.weights(work.params).items()}
         with precision(kind), moving(encoder):
             x = torch.func.functional_call(encoder, weights, (take(task.inputs, at),)).float()
         return F.cross_entropy(head(x), labels[at]), {}
 
-    order = Order(len(task), min(batch, len(task)), seed, getattr(task.inputs, "lengths", None))
-    trained, _ = train(params, loss, order, plan, buffers=buffers, checkpoint=checkpoint, tick=tick)
-    trained |= {name.removeprefix(prefix): tensor for name, tensor in buffers.items()}
-    return {name: trained[name].to(base[name].dtype) if name in trained else base[name] for name in base}
+    return loss

@@ -4,6 +4,7 @@
     FOLDER/aux/*                               unlabeled inputs: .txt.gz with a text a line, or .npz with pictures
 
 Experts are trained by cross-entropy through their frozen head and kept in the cache: a second run spends nothing on them.
+With ``lora`` they are adapters of the base.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,10 +27,11 @@ from ..recipe import HeadsPart, InputsPart, LimitPart, ModelPart, Recipe
 from ..run import run
 from ..sentence import parse
 from ..train import Checkpoint, Plan
+from ..weights.own_rank import save_adapter
 from ..weights.save import save
 from ..weights.stored import Stored
 from .cache import cache_folder
-from .finetune import finetune
+from .finetune import Lora, finetune, finetune_lora
 
 AUX = {"text": "aux/*.txt*", "image": "aux/*"}
 INPUTS = {"text": "unlabeled sentences (aux/*.txt.gz)", "image": "unlabeled pictures (aux/*.npz)"}
@@ -59,6 +61,7 @@ class Suite:
     frozen: Sequence[str] = ()
     names: Sequence[str] = ()
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    lora: Lora | None = None
 
     def of(self, _data: str | Path) -> "Suite":
         """Return the suite that reads a folder: this one."""
@@ -184,16 +187,23 @@ def _expert(
     }
     if suite.precision != "auto":
         settings["precision"] = suite.precision
+    if suite.lora is not None:
+        settings["lora"] = suite.lora.__dict__
     key = key_of(settings)
     folder = into / f"{task.name}-{key[:8]}" / task.name
     if is_done(folder, key):
         return folder
     with progress(f"fine-tune {task.name}", suite.plan.steps) as tick:
         checkpoint = Checkpoint(folder / "checkpoint.safetensors", key)
-        how: dict[str, Any] = {"batch": suite.batch, "frozen": suite.frozen, "kind": suite.precision, "tick": tick}
-        labelled = Labelled(inputs, rows.labels, task.metric)
-        weights = finetune(theta0, encoder, head, labelled, suite.plan, checkpoint=checkpoint, **how)
-    save(weights, folder, {**settings, "key": key})
+        how: dict[str, Any] = {"batch": suite.batch, "kind": suite.precision, "checkpoint": checkpoint, "tick": tick}
+        given = (theta0, encoder, head, Labelled(inputs, rows.labels, task.metric), suite.plan)
+        card = {**settings, "key": key}
+        if suite.lora is None:
+            save(finetune(*given, frozen=suite.frozen, **how), folder, card)
+        else:  # another A for every task, as adapters that are trained apart have
+            start = int(key_of({"task": task.name})[:8], 16)
+            tensors = finetune_lora(*given, suite.lora, start=start, **how)
+            save_adapter(tensors, suite.lora.config(theta0.path.name), folder, card)
     checkpoint.path.unlink(missing_ok=True)
     return folder
 

@@ -165,16 +165,27 @@ class Adapter(Mapping[str, "Tensor"]):
     def __repr__(self) -> str:
         return f"Adapter({str(self.path)!r}: {len(self.modules)} modules, {len(self.full)} full tensors)"
 
-    def factors(self, module: str, kind: "Any") -> Factors:
+    def factors(self, module: str, kind: "Any", *, scaled: bool = True) -> Factors:
         """Return ``s B`` and ``A`` of a module as matrices of dtype ``kind``: of an embedding turned to its weight's shape.
 
-        A convolution's are [out, rank] and [rank, in * height * width].
+        A convolution's are [out, rank] and [rank, in * height * width]. Not ``scaled``: ``B`` alone.
         """
         told = self.modules[module]
+        scale = told.scale if scaled else 1
         a, b = self.weights[told.a].to(kind), self.weights[told.b].to(kind)
         if told.kind == "embedding":
-            return Factors(a.mT * told.scale, b.mT)
-        return Factors(b.flatten(1) * told.scale, a.flatten(1))
+            return Factors(a.mT * scale, b.mT)
+        return Factors(b.flatten(1) * scale, a.flatten(1))
+
+    def stored(self, module: str, low: Factors) -> dict[str, "Tensor"]:
+        """Return the file's tensors of a module for other factors, in the form that `factors` gives without a scale."""
+        told = self.modules[module]
+        a, b = (low.left.mT, low.right.mT) if told.kind == "embedding" else (low.right, low.left)
+        return {name: tensor.reshape(header(self.weights, name)[1]) for name, tensor in ((told.a, a), (told.b, b))}
+
+    def changed(self, tensors: Mapping[str, "Tensor"]) -> "Adapter":
+        """Return the adapter with other tensors under some of the file's names, in memory, its settings the same."""
+        return Adapter(self.path, {**self.weights, **tensors})
 
     def shape(self, module: str) -> tuple[int, ...]:
         """Return the shape of a module's change, as its factors give it."""
@@ -296,8 +307,27 @@ class Adapted(View):
             and self.adapter.modules[self.modules[name]].magnitude is None
         )
 
-    def _factors(self, name: str) -> Factors:
-        left, right = self.adapter.factors(self.modules[name], self._kind(name))
+    def unscaled(self, name: str) -> tuple[Factors, float]:
+        """Return B and A of a tensor in fp32, as they multiply to its shape, and ``s``."""
+        import torch
+
+        return self._factors(name, torch.float32, scaled=False), self.adapter.modules[self.modules[name]].scale
+
+    def stored(self, name: str, value: "Tensor | Factors") -> dict[str, "Tensor"]:
+        """Return the file's tensors that make the tensor ``value``: factors as of `unscaled`, or a whole one in its place.
+
+        Raises KeyError where the adapter holds neither for this tensor.
+        """
+        if isinstance(value, Factors):
+            turned = Factors(value.right.mT, value.left.mT) if name in self.turned else value
+            return self.adapter.stored(self.modules[name], turned)
+        if name in self.full:
+            return {self.full[name]: value}
+        told = self.adapter.modules[self.biases[name]]
+        return {str(told.bias): (value - self.base[name].to(value.dtype)) / told.scale}
+
+    def _factors(self, name: str, kind: "Any" = None, *, scaled: bool = True) -> Factors:
+        left, right = self.adapter.factors(self.modules[name], kind or self._kind(name), scaled=scaled)
         return Factors(right.mT, left.mT) if name in self.turned else Factors(left, right)
 
     def _kind(self, name: str) -> "Any":

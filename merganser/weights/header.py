@@ -58,6 +58,25 @@ def factors(weights: Weights, name: str) -> "Factors | None":
     return weights.factors(name) if isinstance(weights, View) else None
 
 
+def source(weights: Weights, name: str) -> tuple[Weights, str]:
+    """Return the weights that a tensor really lies in, and its name there, where ``weights`` only pass it on."""
+    if isinstance(weights, Renamed):
+        return source(weights.weights, weights.names[name])
+    return source(*weights.parts[name]) if isinstance(weights, Picked) else (weights, name)
+
+
+def exchanged(weights: Weights, old: Weights, new: Weights) -> Weights:
+    """Return ``weights`` that pass on tensors of ``new`` where they passed on those of ``old``, under the same names."""
+    if weights is old:
+        return new
+    if isinstance(weights, Renamed):
+        return Renamed(exchanged(weights.weights, old, new), weights.names)
+    if isinstance(weights, Picked):
+        parts = {name: (exchanged(part, old, new), there) for name, (part, there) in weights.parts.items()}
+        return Picked(parts, weights.weights and exchanged(weights.weights, old, new))
+    return weights
+
+
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Tell whether ``name`` fits one of the glob ``patterns``."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

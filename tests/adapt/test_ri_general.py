@@ -8,7 +8,7 @@ import merganser
 from merganser.errors import SentenceError
 from merganser.models.heads import Head
 from merganser.steps.adapt.ri import ri
-from merganser.steps.moving import Moving, chosen
+from merganser.steps.moving import chosen, low_rank
 from merganser.steps.twins import DISTANCES, Twins, distance, overlapping
 
 SHORT = {"steps": 40, "lr": 3e-3, "batch": 64, "_precision": "fp32"}
@@ -88,7 +88,7 @@ def test_only_trains_what_it_names(toy):
 
 def test_a_low_rank_change_has_that_rank_and_starts_at_the_expert(toy):
     expert = toy.experts["east"]
-    moving = Moving(expert, list(expert), rank=3)
+    moving = low_rank(expert, list(expert), 3)
     start = moving.weights(moving.params)
     assert all(torch.equal(start[n], expert[n]) for n in expert)
     assert moving.pull(moving.params, expert) == 0
@@ -171,6 +171,7 @@ def test_the_card_says_which_classes_were_left_out(toy, tmp_path):
         ("ri(temperature=0)", "temperature must be positive"),
         ("ri(form='all')", "form must be one of heads, rows, features"),
         ("ri(rank=-1)", "rank must not be negative"),
+        ("ri(rank='all')", 'rank must be "own" or a whole number'),
         ("ri(overlap=0)", "overlap must be positive"),
     ],
 )

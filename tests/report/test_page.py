@@ -102,6 +102,26 @@ def test_every_score_of_the_files_is_in_its_cell(make_run: Make, tasks: int) -> 
             ]  # fmt: skip
 
 
+def test_experts_side_by_side_stand_under_the_experts(make_run: Make) -> None:
+    folder = make_run(tasks=3, drawn=False)
+
+    def ranked(at: float) -> dict[str, Any]:
+        hits = {str(k): {"macro": at, "micro": at + 0.2} for k in (1, 3, 5, 10)}
+        return {"hits": hits, "hits_published": hits}
+
+    joint = {"base": ranked(0.31), "ensemble_own": ranked(0.32), "ensemble_all": ranked(0.33)}
+    change_scores(folder, lambda s: s.update(joint={"classes": 9, "classes_published": 11, **joint}))
+    assert len(Page(report(folder)).of("scores")[0][3:]) == len(scores_of(folder)["rows"]) // 2, "no merge was ranked"
+    change_scores(folder, lambda s: [row.update(ranked(0.4)) for row in s["rows"]])
+    path = report(folder)
+    header, base, experts, own, every, *lines = Page(path).of("scores")[0]
+    at = next(k for k, title in enumerate(header) if "joint" in title)
+    assert [line[at] for line in (base, experts, own, every)] == ["31.0", "", "32.0", "33.0"]
+    assert ["own heads" in own[0], "all heads" in every[0]] == [True, True]
+    assert {line[at] for line in lines} == {"40.0"}
+    assert "rows apart and over all inputs 60.0" in path.read_text()
+
+
 def test_the_row_with_adapted_experts_stands_under_the_one_without(make_run: Make) -> None:
     folder = make_run(drawn=False)
     change_scores(folder, lambda s: (s["rows"].reverse(), s.update(gains=[], curves=[])))

@@ -76,6 +76,30 @@ def test_the_table_says_what_a_person_finds_with_the_parts(user, done):
     assert row["xi"] == found["sum"]
 
 
+def test_the_union_of_all_classes_is_ranked_for_merges_base_and_experts_side_by_side(user, done, capsys):
+    from merganser.evaluate.ensemble import ensembles
+    from merganser.show import show_table
+
+    _, told = done
+    ready, joint = prepare(read_recipe(user / "recipe.toml")), told["scores"]["joint"]
+    assert joint["classes"] == len({c.casefold() for task in ready.tasks.values() for c in task.classes})
+    assert joint["classes"] <= joint["classes_published"] <= sum(len(task.classes) for task in ready.tasks.values())
+    found = ensembles(ready.encoder, ready.experts, ready.test, ready.union, kind="fp32")
+    for form, scores in found.items():
+        assert joint[f"ensemble_{form}"] == {"hits": scores.hits(), "hits_published": scores.hits("published")}
+    everything = [joint["base"], joint["ensemble_own"], joint["ensemble_all"], *told["scores"]["rows"]]
+    for part in everything:
+        for form in ("hits", "hits_published"):
+            assert set(part[form]) == {"1", "3", "5", "10"}
+        assert all(part["hits"][k]["micro"] >= part["hits_published"][k]["micro"] for k in part["hits"])
+    show_table(told["scores"])
+    shown = capsys.readouterr().out
+    for name, part in (("own heads", joint["ensemble_own"]), ("all heads", joint["ensemble_all"])):
+        line = next(line for line in shown.splitlines() if f"experts side by side, {name}" in line)
+        assert f"{100 * part['hits']['1']['macro']:.1f}" in line
+    assert f"hits@1 among the {joint['classes']} classes of all tasks" in shown
+
+
 def test_the_best_model_is_kept_and_loads(user, done):
     to, told = done
     card = json.loads((to / "merged" / "card.json").read_text())

@@ -14,7 +14,9 @@ from ...models.inputs import Subset, take
 from ...models.statistics import is_statistic
 from ...progress import Tick
 from ...train import Checkpoint, Order, Plan, train, write_log
-from ..moving import Moving, chosen
+from ...weights.adapter import Factors
+from ...weights.own_rank import OwnRank, own_rank
+from ..moving import Low, Moving, chosen, low_rank
 from ..twins import DISTANCES, FORMS, Twins, overlapping
 
 
@@ -37,7 +39,7 @@ def ri(
     sample: int = 0,
     overlap: float = 0.95,
     only: str = "*",
-    rank: int = 0,
+    rank: int | str = "own",
     pull: float = 0.0,
     held_out: float = 0.05,
     patience: int = 3,
@@ -47,7 +49,7 @@ def ri(
     _checkpoint: Checkpoint | None = None,
     _log: Path | None = None,
     _tick: Tick = lambda _advance=1, **_terms: None,
-) -> dict[str, Tensor]:
+) -> Mapping[str, Tensor]:
     """Adapt ``expert`` by twin distillation on unlabeled ``inputs`` and return its new weights.
 
         L(theta) = E_x [ d(h_own(f(x; expert)), h_own(f(x; theta)))
@@ -63,7 +65,9 @@ def ri(
     form     the other term without knowing all heads: "rows" keeps the base's normalised features in the span of the
              other heads' rows, "features" keeps them altogether; both times the own head's row norm, squared, halved
     sample   this many other heads a step, drawn anew, instead of all (0)
-    only     patterns of the tensors that are trained, with commas; rank: a change B A of each matrix instead of itself
+    only     patterns of the tensors that are trained, with commas
+    rank     a change B A of this rank of each matrix instead of itself (0). "own": where the expert is a LoRA adapter, its
+             own B and A are trained on, and what is returned is an adapter again; other experts as with 0
     pull     adds ``pull |theta - expert|^2 / |expert - base|^2``
 
     The targets are computed once: a step costs one forward and one backward of the student. A share ``held_out`` of
@@ -96,14 +100,14 @@ def ri(
         base_features(everything),
         features(encoder, expert, Subset(inputs, everything), kind=_precision, progress=targets),
     )
-    names = [n for n in expert if n in base and expert[n].is_floating_point() and not torch.equal(expert[n], base[n])]
-    fixed = bound(encoder, expert)
     prefix = getattr(encoder, "prefix", "")
-    names = [n for n in names if prefix + n in fixed and not is_statistic(n)]
-    moving = Moving(expert, chosen(names, only), rank=rank, seed=seed)
+    fixed = bound(encoder, expert)
+    names = chosen([n for n in moved(expert, base) if prefix + n in fixed and not is_statistic(n)], only)
+    own_factors = own_rank(expert, names) if rank == "own" else None
+    moving = _moving(expert, names, own_factors, rank, seed)
     params = moving.params
-    fixed = {n: t for n, t in fixed.items() if n.removeprefix(prefix) not in moving.start}
-    moves = {n: expert[n] - base[n] for n in moving.start} if pull else {}
+    fixed = {n: t for n, t in fixed.items() if n.removeprefix(prefix) not in moving.names}
+    moves = {n: expert[n] - base[n] for n in moving.names} if pull else {}
     encoder.eval()
 
     def student(at: Tensor) -> Tensor:
@@ -130,8 +134,29 @@ def ri(
     )
     if _log is not None:
         write_log(_log, history)
+    if own_factors is not None:
+        low = {n: Factors(best[f"{n}::B"], best[f"{n}::A"]) for n in moving.low}
+        return own_factors.changed({**low, **{n: best[n] for n in moving.whole}})
     adapted = moving.weights(best)
     return {n: adapted[n].to(expert[n].dtype) if n in adapted else expert[n] for n in expert}
+
+
+def moved(expert: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the tensors that fine-tuning moved."""
+    return [n for n in expert if n in base and expert[n].is_floating_point() and not torch.equal(expert[n], base[n])]
+
+
+def _moving(
+    expert: Mapping[str, Tensor], names: list[str], own_factors: OwnRank | None, rank: int | str, seed: int
+) -> Moving:
+    """Return what is trained: the expert's own factors, new ones of a rank, or whole tensors."""
+    if own_factors is None:
+        return low_rank(expert, names, 0 if isinstance(rank, str) else rank, seed=seed)
+    low = {}
+    for name in own_factors.low:
+        origin, factors, scale = own_factors.unscaled(name)
+        low[name] = Low(origin, factors.left, factors.right, scale)
+    return Moving({n: expert[n] for n in names if n not in low}, low)
 
 
 def check(**knobs: Any) -> None:
@@ -147,7 +172,12 @@ def check(**knobs: Any) -> None:
         raise ValueError(f"temperature must be positive, got {knobs['temperature']}")
     if knobs.get("form", "heads") not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got '{knobs['form']}'")
+    rank = knobs.get("rank", "own")
+    if rank != "own" and (not isinstance(rank, int) or isinstance(rank, bool)):
+        raise ValueError(f'rank must be "own" or a whole number, got {rank!r}')
     for name in ("sample", "rank", "pull"):
+        if name == "rank" and rank == "own":
+            continue
         if knobs.get(name, 0) < 0:
             raise ValueError(f"{name} must not be negative, got {knobs[name]}")
     if not knobs.get("overlap", 1) > 0:
