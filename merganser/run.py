@@ -196,15 +196,16 @@ def domains_table(ready: Prepared, rows: list[Row]) -> dict[str, Any]:
 def score_ends(ready: Prepared, stages: _Stages) -> tuple[Row, Row, dict[str, Scores]]:
     """Return what the base scores on all tasks, each expert on its own, and all of them side by side (`ensembles`).
 
-    There is no ensemble where the tasks' classes have no union (`Prepared.union`).
+    There is no ensemble where the tasks' classes have no union (`Prepared.union`), or the recipe wants none.
     """
-    key = {"scored_on": ready.scored_on, "digests": ready.digests, "ensembles": HEADS}
+    wanted = HEADS if ready.recipe.limits.ensemble else ()
+    key = {"scored_on": ready.scored_on, "digests": ready.digests, "ensembles": wanted}
 
     def ends() -> list[Row]:
         base, elsewhere = ready.scored(ready.base)
         own, domains = score_experts(ready, ready.experts)
         rows = [Row("base", base, domains=elsewhere), Row("experts", own, domains=domains)]
-        if ready.union is None:
+        if ready.union is None or not wanted:
             return rows
         told = ensembles(ready.encoder, ready.experts, ready.test, ready.union, kind=ready.kind)
         return rows + [Row(form, scores) for form, scores in told.items()]

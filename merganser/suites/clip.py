@@ -158,7 +158,7 @@ class Clip:
             experts={name: path.resolve() for name, path in experts.items()},
             tasks=self.folders(data),
             inputs=InputsPart(files=self.files(data), limit=None) if adapts else None,
-            limits=LimitPart(val=HELD_OUT, test=self.rows),
+            limits=LimitPart(val=HELD_OUT, test=self.rows, ensemble=False),
         )
 
     def bench(
