@@ -17,6 +17,7 @@ from ..errors import DataError
 from ..evaluate.task import Task, read_task
 from ..progress import Progress, silent
 from ..recipe import HeadsPart, LimitPart
+from ..synthetic import is_source
 from ..train import Plan
 from . import published, sources
 from . import suite as suites
@@ -71,7 +72,7 @@ class DomainNet(Suite):
         found = list(self.unlabeled) or sorted((Path(data) / "aux").glob("*"))
         if not found:
             raise DataError("ri needs unlabeled pictures: --inputs FOLDER, or FOLDER/aux in --data")
-        return [place.resolve() for place in found]
+        return [place if is_source(place) else place.resolve() for place in found]
 
     def bench(
         self,

@@ -210,6 +210,13 @@ def test_the_papers_numbers_are_printed_beside_ours(models, data, tmp_path, cach
     assert not any(row["tuned"] for row in scores["rows"])
 
 
+def test_unlabeled_pictures_may_be_drawn_where_there_are_none(models, data, tmp_path, cache):
+    more = ["--models", str(models), "--data", str(data), "--to", str(tmp_path / "out"), "--protocol", "default"]
+    how = ["--how", "ri(steps=1, batch=4) | average", "--rows", "2", "--inputs", "dead-leaves:12"]
+    done = CliRunner().invoke(app, ["bench", "clip-8", *how, *more])
+    assert done.exit_code == 0, done.output
+
+
 def test_a_dry_run_says_all_that_is_missing_and_downloads_nothing(models, data, tmp_path, cache):
     (tmp_path / "empty").mkdir()
     more = ["--models", str(tmp_path / "empty"), "--data", str(tmp_path / "empty"), "--to", str(tmp_path / "out")]
