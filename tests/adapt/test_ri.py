@@ -17,7 +17,8 @@ import merganser
 from merganser.errors import HeadError, SentenceError
 from merganser.evaluate.run import Model
 from merganser.models.heads import Head
-from merganser.steps.adapt.ri import _split, ri
+from merganser.steps.adapt.ri import ri
+from merganser.steps.student import Split
 from merganser.train import Plan
 
 HOW = "ri(steps=120, lr=0.003, batch=64)"
@@ -28,7 +29,7 @@ def naive_ri(toy, own, *, steps, lr, alpha, batch, weight_decay):
     student = {n: t.clone().requires_grad_(True) for n, t in toy.experts[own].items()}
     optimiser = torch.optim.AdamW(student.values(), lr=lr, weight_decay=weight_decay)
     plan = Plan(steps, lr, weight_decay)
-    _, _, order = _split(toy.inputs, steps, batch, 0.0, 0)
+    order = Split(toy.inputs, steps, batch, 0.0, 0).order
     losses = []
     for step in range(steps):
         x = toy.inputs[order(step)]

@@ -4,19 +4,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ...errors import HeadError
-from ...models.encoder import bound, features, precision
+from ...models.encoder import bound, features
 from ...models.heads import AnyHead
-from ...models.inputs import Subset, take
+from ...models.inputs import Subset
 from ...models.statistics import is_statistic
 from ...progress import Tick
-from ...train import Checkpoint, Order, Plan, train, write_log
+from ...train import Checkpoint, Plan
 from ...weights.adapter import Factors
 from ...weights.own_rank import OwnRank, own_rank
 from ..moving import Low, Moving, chosen, low_rank
+from ..student import Split, Student, moved, targets_told
 from ..twins import DISTANCES, FORMS, Twins, overlapping
 
 
@@ -84,66 +84,33 @@ def ri(
     check(temperature=temperature, form=form, sample=sample, overlap=overlap, rank=rank, pull=pull)
     if own not in heads:
         raise HeadError(f"expert '{own}' has no head of that name; heads: {', '.join(heads)}")
-    kept, used, order = _split(inputs, steps, batch, held_out, seed)
-    everything = torch.cat([kept, used])
+    split = Split(inputs, steps, batch, held_out, seed)
+    at = split.everything
     base_features = _base_features or (lambda at: features(encoder, base, Subset(inputs, at), kind=_precision))
-
-    def targets(done: int, total: int) -> None:
-        _tick(0, targets=done / total)
-
     hidden = {name: same for name, (same, _) in overlapping(heads, own, overlap).items()} if form == "heads" else {}
     how: dict[str, Any] = {"distance": distance, "temperature": temperature, "form": form, "sample": sample}
     twins = Twins(heads, own, alpha=alpha, hidden=hidden, **how)
-    twins.remember(
-        everything,
-        len(inputs),
-        base_features(everything),
-        features(encoder, expert, Subset(inputs, everything), kind=_precision, progress=targets),
-    )
-    prefix = getattr(encoder, "prefix", "")
-    fixed = bound(encoder, expert)
-    names = chosen([n for n in moved(expert, base) if prefix + n in fixed and not is_statistic(n)], only)
+    told = targets_told(_tick)
+    expert_features = features(encoder, expert, Subset(inputs, at), kind=_precision, progress=told)
+    twins.remember(at, len(inputs), base_features(at), expert_features)
+    known = {n.removeprefix(getattr(encoder, "prefix", "")) for n in bound(encoder, expert)}
+    names = chosen([n for n in moved(expert, base) if n in known and not is_statistic(n)], only)
     own_factors = own_rank(expert, names) if rank == "own" else None
     moving = _moving(expert, names, own_factors, rank, seed)
-    params = moving.params
-    fixed = {n: t for n, t in fixed.items() if n.removeprefix(prefix) not in moving.names}
     moves = {n: expert[n] - base[n] for n in moving.names} if pull else {}
-    encoder.eval()
-
-    def student(at: Tensor) -> Tensor:
-        weights = fixed | {prefix + n: t for n, t in moving.weights(params).items()}
-        with precision(_precision):
-            return torch.func.functional_call(encoder, weights, (take(inputs, at),)).float()
+    student = Student(expert, encoder, inputs, moving, _precision)
 
     def loss(at: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         value, terms = twins(at, student(at))
-        return (value + pull * moving.pull(params, moves) if pull else value), terms
-
-    @torch.no_grad()
-    def held() -> dict[str, float]:
-        sums: dict[str, float] = {}
-        for at in kept.split(128):
-            value, terms = loss(at)
-            for name, term in {"loss": value, **terms}.items():
-                sums[name] = sums.get(name, 0.0) + term.item() * len(at) / len(kept)
-        return sums
+        return (value + pull * moving.pull(moving.params, moves) if pull else value), terms
 
     plan = Plan(steps, lr, weight_decay, patience=patience)
-    best, history = train(
-        params, loss, order, plan, held_out=held if len(kept) else None, checkpoint=_checkpoint, tick=_tick
-    )
-    if _log is not None:
-        write_log(_log, history)
+    best = student.train(loss, split, plan, checkpoint=_checkpoint, log=_log, tick=_tick)
     if own_factors is not None:
         low = {n: Factors(best[f"{n}::B"], best[f"{n}::A"]) for n in moving.low}
         return own_factors.changed({**low, **{n: best[n] for n in moving.whole}})
     adapted = moving.weights(best)
     return {n: adapted[n].to(expert[n].dtype) if n in adapted else expert[n] for n in expert}
-
-
-def moved(expert: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of the tensors that fine-tuning moved."""
-    return [n for n in expert if n in base and expert[n].is_floating_point() and not torch.equal(expert[n], base[n])]
 
 
 def _moving(
@@ -184,15 +151,3 @@ def check(**knobs: Any) -> None:
         raise ValueError(f"overlap must be positive, got {knobs['overlap']}")
     if not 0 <= knobs.get("held_out", 0) < 1:
         raise ValueError(f"held_out must lie in [0, 1), got {knobs['held_out']}")
-
-
-def _split(
-    inputs: Any, steps: int, batch: int, held_out: float, seed: int
-) -> tuple[Tensor, Tensor, Callable[[int], Tensor]]:
-    """Return the indices held out, those that the steps will see, and the batch at each step."""
-    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))
-    kept, pool = order.split([k := min(256, int(held_out * len(inputs))), len(inputs) - k])
-    lengths = getattr(inputs, "lengths", None)
-    inner = Order(len(pool), min(batch, len(pool)), seed, None if lengths is None else lengths[pool])
-    used = pool if steps * batch >= len(pool) else pool[torch.cat([inner(s) for s in range(steps)]).unique()]
-    return kept, used, lambda step: pool[inner(step)]

@@ -1,0 +1,104 @@
+"""DisTaC: bring a task vector to a wanted length and confidence before merging, and distil back what that lost."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...errors import HeadError
+from ...models.encoder import bound, features
+from ...models.heads import AnyHead
+from ...models.inputs import Subset
+from ...models.statistics import is_statistic
+from ...progress import Tick
+from ...train import Checkpoint, Plan
+from ..moving import Moving
+from ..student import Split, Student, moved, targets_told
+from ..twins import distance
+
+
+def distac(
+    expert: Mapping[str, Tensor],
+    base: Mapping[str, Tensor],
+    heads: Mapping[str, AnyHead],
+    inputs: Any,
+    *,
+    own: str,
+    encoder: nn.Module,
+    by: float = 0.5,
+    temperature: float = 1.0,
+    sharper: float = 1.0,
+    pull: float = 0.1,
+    steps: int = 500,
+    lr: float = 1e-5,
+    batch: int = 128,
+    weight_decay: float = 0.0,
+    held_out: float = 0.05,
+    patience: int = 3,
+    seed: int = 0,
+    _precision: str = "auto",
+    _base_features: Callable[[Tensor], Tensor] | None = None,
+    _checkpoint: Checkpoint | None = None,
+    _log: Path | None = None,
+    _tick: Tick = lambda _advance=1, **_terms: None,
+) -> Mapping[str, Tensor]:
+    """Shorten ``expert``'s task vector and distil its own outputs back into it, on unlabeled ``inputs``.
+
+        theta  starts at  s = base + by (expert - base)
+        L(theta) = E_x [ t r KL(softmax(h_own(f(x; expert)) / t) || softmax(h_own(f(x; theta)) / r)) ]
+                   + pull |theta - s|^2,          t = temperature,  r = t * sharper
+
+    by           length of the start beside the expert's. The paper shortens the experts whose task vectors are much longer
+                 than the others', to about their length; give those alone, or tune it over 0.1 .. 1
+    temperature  of the teacher's outputs
+    sharper      above 1 the student's own outputs, without a temperature, become more confident than the teacher's: for
+                 experts trained with soft or smoothed labels
+    pull         weight of the squared distance to the start (not its mean), which keeps the length
+
+    Nothing is asked of the other heads (that is `ri`'s part; ``distac | ri`` is a sentence).
+    Only tensors that fine-tuning moved are trained; batch norms keep the expert's running statistics. As in `ri`, a
+    share ``held_out`` of the inputs tells when to stop. Defaults are those of the published code but ``by``, which it
+    sets by hand for each expert.
+
+    Raises HeadError if ``own`` is not among the heads; ValueError at a knob out of range.
+    Source: DisTaC: Conditioning Task Vectors via Distillation for Robust Model Merging (ICLR 2026), section 4.
+    """
+    check(
+        by=by, temperature=temperature, sharper=sharper, pull=pull, steps=steps, lr=lr, batch=batch, held_out=held_out
+    )
+    if own not in heads:
+        raise HeadError(f"expert '{own}' has no head of that name; heads: {', '.join(heads)}")
+    split = Split(inputs, steps, batch, held_out, seed)
+    at, head = split.everything, heads[own]
+    targets = features(encoder, expert, Subset(inputs, at), kind=_precision, progress=targets_told(_tick))
+    row = at.new_full((len(inputs),), -1)
+    row[at] = at.new_tensor(range(len(at)))
+    prefix = getattr(encoder, "prefix", "")
+    known = {n.removeprefix(prefix) for n in bound(encoder, expert)}
+    names = [n for n in moved(expert, base) if n in known and not is_statistic(n)]
+    start = {n: base[n].float() + by * (expert[n].float() - base[n].float()) for n in names}
+    moving = Moving(start)
+    student = Student(expert, encoder, inputs, moving, _precision)
+    softer = temperature * sharper
+
+    def loss(at: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        target = head(targets[row[at]]) / temperature
+        gap = temperature * softer * distance("kl", target, head(student(at)) / softer).mean()
+        far = sum((moving.params[n] - start[n]).square().sum() for n in names)
+        return gap + pull * far, {"own": gap.detach()}
+
+    plan = Plan(steps, lr, weight_decay, patience=patience)
+    best = student.train(loss, split, plan, checkpoint=_checkpoint, log=_log, tick=_tick)
+    return {n: best[n].to(expert[n].dtype) if n in best else expert[n] for n in expert}
+
+
+def check(**knobs: Any) -> None:
+    """Raise ValueError at a knob out of range, before any work."""
+    for name in ("steps", "batch", "lr", "temperature", "sharper", "by"):
+        if name in knobs and not knobs[name] > 0:
+            raise ValueError(f"{name} must be positive, got {knobs[name]}")
+    if knobs.get("pull", 0) < 0:
+        raise ValueError(f"pull must not be negative, got {knobs['pull']}")
+    if not 0 <= knobs.get("held_out", 0) < 1:
+        raise ValueError(f"held_out must lie in [0, 1), got {knobs['held_out']}")

@@ -1,0 +1,81 @@
+"""A student: an expert's network, some of whose numbers are trained to give wanted outputs on unlabeled inputs."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ..models.encoder import bound, precision
+from ..models.inputs import take
+from ..progress import Tick
+from ..train import Checkpoint, Loss, Order, Plan, train, write_log
+from .moving import Moving
+
+
+class Student:
+    """The features of ``inputs`` by ``encoder`` with an expert's weights, those of ``moving`` being trained."""
+
+    def __init__(self, expert: Mapping[str, Tensor], encoder: nn.Module, inputs: Any, moving: Moving, kind: str):
+        self.encoder, self.inputs, self.moving, self.kind = encoder.eval(), inputs, moving, kind
+        self.prefix = getattr(encoder, "prefix", "")
+        tensors = bound(encoder, expert)
+        self.fixed = {n: t for n, t in tensors.items() if n.removeprefix(self.prefix) not in moving.names}
+
+    def __call__(self, at: Int[Tensor, "batch"]) -> Float[Tensor, "batch width"]:
+        made = {self.prefix + n: t for n, t in self.moving.weights(self.moving.params).items()}
+        with precision(self.kind):
+            return torch.func.functional_call(self.encoder, self.fixed | made, (take(self.inputs, at),)).float()
+
+    def train(
+        self, loss: Loss, split: "Split", plan: Plan, *, checkpoint: Checkpoint | None, log: Path | None, tick: Tick
+    ) -> dict[str, Tensor]:
+        """Minimise ``loss`` of the inputs' indices; return the numbers that were best on those held out."""
+
+        @torch.no_grad()
+        def held() -> dict[str, float]:
+            sums: dict[str, float] = {}
+            for at in split.kept.split(128):
+                value, terms = loss(at)
+                for name, term in {"loss": value, **terms}.items():
+                    sums[name] = sums.get(name, 0.0) + term.item() * len(at) / len(split.kept)
+            return sums
+
+        scored = held if len(split.kept) else None
+        best, history = train(
+            self.moving.params, loss, split.order, plan, held_out=scored, checkpoint=checkpoint, tick=tick
+        )
+        if log is not None:
+            write_log(log, history)
+        return best
+
+
+class Split:
+    """Which inputs are held out (``kept``), which the steps will see (``used``), and the batch at each step."""
+
+    def __init__(self, inputs: Any, steps: int, batch: int, held_out: float, seed: int):
+        shuffled = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))
+        k = min(256, int(held_out * len(inputs)))
+        self.kept, self.pool = shuffled.split([k, len(inputs) - k])
+        lengths = getattr(inputs, "lengths", None)
+        n = len(self.pool)
+        self.inner = Order(n, min(batch, n), seed, None if lengths is None else lengths[self.pool])
+        some = steps * batch < n
+        self.used = self.pool[torch.cat([self.inner(s) for s in range(steps)]).unique()] if some else self.pool
+        self.everything = torch.cat([self.kept, self.used])
+
+    def order(self, step: int) -> Int[Tensor, "batch"]:
+        """Return the indices of the batch at ``step``."""
+        return self.pool[self.inner(step)]
+
+
+def moved(expert: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the tensors that fine-tuning moved."""
+    return [n for n in expert if n in base and expert[n].is_floating_point() and not torch.equal(expert[n], base[n])]
+
+
+def targets_told(tick: Tick) -> Callable[[int, int], None]:
+    """Return a progress callback that shows how many targets are computed."""
+    return lambda done, total: tick(0, targets=done / total)
