@@ -5,7 +5,8 @@
     python bench/records.py --add RUN --as NAME  take a run's scores.json in as docs/results/NAME.json
 
 docs/results/records.toml lists the records: ``title``, ``kind`` ("suite": a run's scores.json, "speed": what
-merge_speed.py writes, "peers": what peers/accuracy.py writes, "rows": a table in the file itself), ``file``,
+merge_speed.py writes, "peers": what peers/accuracy.py writes, "study": a study.json, "rows": a table in the file
+itself), ``file``,
 ``command``, ``about`` (before the tables) and ``notes`` (after them).
 
 README.md and the pages in docs show results between two comments, "results: FILE" and "end of results", which this
@@ -22,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from merganser.report.figure import gains_figure
+from merganser.report.figure import gains_figure, study_figure
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -166,11 +167,32 @@ def peers(told: Told) -> str:
     return f"Mean over {len(told['tasks'])} tasks: {ends}. Versions: {versions}.\n\n{table(head, lines)}"
 
 
+def study(told: Told) -> str:
+    """Return a line for each variation: the score without, with adapting, and the gain with its interval."""
+    lines = []
+    for one in told["variations"]:
+        cells = [one["mergers"][merger] for merger in told["mergers"]]
+        lines.append([
+            one["label"],
+            *(
+                f"{points(c['without'])} -> {points(c['with'])}, {gain_of(c['gain'])}"
+                + ("" if c["recovered"] is None else f", {100 * c['recovered']:.0f} %")
+                for c in cells
+            ),
+            f"{one['seconds']:.0f}",
+        ])  # fmt: skip
+    head = [told["axis"], *(f"`{merger}`" for merger in told["mergers"]), "seconds an expert"]
+    about = (
+        f"Experts {points(told['variations'][-1]['experts'])}; seeds: {told['seeds']}. Without -> with adapting, gain, "
+    )
+    return f"{about}share of the loss recovered; scales chosen on validation.\n\n{table(head, lines)}"
+
+
 def rows(told: Told) -> str:
     return table(told["head"], [[str(cell) for cell in row] for row in told["rows"]])
 
 
-KINDS: dict[str, Callable[[Told], str]] = {"suite": suite, "speed": speed, "rows": rows, "peers": peers}
+KINDS: dict[str, Callable[[Told], str]] = {"suite": suite, "speed": speed, "rows": rows, "peers": peers, "study": study}
 
 
 SHOWN = re.compile(r"(<!-- results: (\S+\.json) -->\n).*?(<!-- end of results -->)", re.DOTALL)
@@ -211,6 +233,9 @@ def written() -> dict[Path, str]:
         page = Path(record["file"]).with_suffix("")
         if record["kind"] == "suite" and told["gains"]:
             files[RESULTS / f"{page}.svg"] = gains_figure(told)
+        if record["kind"] == "study":
+            files[RESULTS / f"{page}.svg"] = study_figure(told)
+        if RESULTS / f"{page}.svg" in files:
             text = text + f"\n![{record['title']}]({page}.svg)\n"
         files[RESULTS / f"{page}.md"] = f"# {title}\n\n{text}"
     files[ROOT / "RECORDS.md"] = "\n".join(sections)
@@ -229,7 +254,8 @@ def main() -> int:
     if told.add:
         if not told.name:
             parser.error("--add needs --as NAME")
-        shutil.copyfile(told.add / "scores.json", RESULTS / f"{told.name}.json")
+        made = told.add / ("study.json" if (told.add / "study.json").is_file() else "scores.json")
+        shutil.copyfile(made, RESULTS / f"{told.name}.json")
         print(f"docs/results/{told.name}.json: now name it in docs/results/records.toml")
         return 0
     stale = {

@@ -279,9 +279,10 @@ def check_suite(
     how: Sequence[str] | None,
     into: str | Path,
     seeds: int = 1,
+    study: str | None = None,
     **settings: Any,
 ) -> Findings:
-    """Return all that will go wrong with `bench` of a suite, or with `demo`."""
+    """Return all that will go wrong with `bench` of a suite, or of a study on it, or with `demo`."""
     from .errors import MissingExtra
     from .suites import ON_THE_HUB, open_suite
 
@@ -293,6 +294,11 @@ def check_suite(
             with found.gather("packages"):
                 if find_spec(package) is None:
                     raise MissingExtra(f"suite '{name}' ({package})", extra)
+        if study is not None:
+            from .suites import studies
+
+            studies.suite_of(name, suite)
+            studies.open_study(study)
     experts: list[str] = []
     written: Sequence[str] = suite.SENTENCES if suite is not None else []
     if settings.get("models") is not None and hasattr(suite, "checkpoints"):  # without folders it would ask the Hub

@@ -531,6 +531,13 @@ def bench(
     protocol: Annotated[
         str | None, typer.Option(help="clip-*: default (scales as written) or tuned (also chosen on validation).")
     ] = None,
+    study: Annotated[
+        str | None,
+        typer.Option(
+            help="text, lora, vision: a question over several seeds, with table and figure: alpha, amount, distance, form, "
+            "lr, mergers, part, sources, steps or tasks. --how then replaces its mergers."
+        ),
+    ] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -546,11 +553,19 @@ def bench(
     if dry_run:
         from .check import check_suite
 
-        return tell(check_suite(name, data, how, to, seeds, **settings), as_json)
+        return tell(check_suite(name, data, how, to, seeds, study=study, **settings), as_json)
     if name in ON_THE_HUB:
         from .suites.hub import located
 
         data = located(ON_THE_HUB[name], data)
+    if study is not None:
+        from .show import show_study
+        from .suites import studies
+
+        chosen = studies.suite_of(name, suite)
+        assert data is not None, "suites with studies are on the Hub, so there is a folder now"
+        found = studies.bench(chosen, data, to, study, seeds=seeds, how=how, progress=bars)
+        return show_study(found, as_json)
     path = suite.bench(data, to, how=how or None, seeds=seeds, experts_only=experts_only, progress=bars)
     if experts_only:
         return say({"experts": str(path)}, as_json, f"experts: {path}")

@@ -1,9 +1,11 @@
 """Tables for people, in the terminal."""
 
+import json
 import shutil
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -63,6 +65,37 @@ def show_published(told: Mapping[str, Any]) -> None:
     console = _console()
     console.print(table)
     console.print(f"published: {told['source']}", highlight=False, markup=False, soft_wrap=True)
+
+
+def show_study(path: Path, as_json: bool) -> None:
+    """Print a study: for each variation and merger the score with adapting and what it gained."""
+    from .card import read_json
+
+    told = read_json(path) or {}
+    if as_json:
+        print(json.dumps({"study": str(path), "found": told}))
+        return
+    console = _console()
+    title = f"{told['title']} Percent with adapting (gain, 95 % interval), scale chosen on validation, {told['seeds']} seeds"
+    table = _table(title=title, title_justify="left")
+    table.add_column(told["axis"], no_wrap=True)
+    for merger in told["mergers"]:
+        table.add_column(merger, justify="right")
+    table.add_column("seconds an expert", justify="right")
+    for one in told["variations"]:
+        cells = [study_cell(one["mergers"][merger]) for merger in told["mergers"]]
+        table.add_row(one["label"], *cells, f"{one['seconds']:.0f}")
+    if not console.is_terminal:
+        console.width = max(console.width, 24 + 30 * (1 + len(told["mergers"])))
+    console.print(table)
+    console.print(f"figure: {path.with_suffix('.svg')}", highlight=False, markup=False, soft_wrap=True)
+
+
+def study_cell(cell: Mapping[str, Any]) -> str:
+    """Return what one variation gave with one merger, in points."""
+    gain = cell["gain"]
+    span = f"[{100 * gain['low']:+.1f}, {100 * gain['high']:+.1f}]"
+    return f"{percent(cell['with'])} ({100 * gain['score']:+.1f} {span})"
 
 
 def show_table(scores: Mapping[str, Any]) -> None:

@@ -44,8 +44,17 @@ def write_rows(path: Path, key: str, rows: Sequence[Row]) -> None:
 def read_rows(path: Path, key: str) -> list[Row] | None:
     """Return the rows at ``path``, or None where there are none with this key."""
     told = read_json(path)
-    if told is None or told.get("key") != key:
-        return None
+    return None if told is None or told.get("key") != key else _rows_of(told)
+
+
+def rows_in(run: Path) -> list[Row]:
+    """Return all sentences' rows of a finished run, with every prediction."""
+    sentences = {row["sentence"] for row in (read_json(run / "scores.json") or {"rows": []})["rows"]}
+    found = [row for path in sorted((run / "rows").glob("*.json")) for row in _rows_of(read_json(path) or {"rows": []})]
+    return [row for row in found if row.sentence in sentences]
+
+
+def _rows_of(told: Mapping[str, Any]) -> list[Row]:
     return [
         Row(**{**row, "scores": _load(row["scores"]), "domains": _load(row["domains"]) if row.get("domains") else None})
         for row in told["rows"]

@@ -1,4 +1,4 @@
-"""One figure of a run for papers and pages: what adapting changed, merger by merger."""
+"""Figures for papers and pages: what adapting changed, merger by merger, in a run or over the variations of a study."""
 
 from collections.abc import Mapping
 from io import StringIO
@@ -6,23 +6,21 @@ from typing import Any
 
 from ..errors import DataError, MissingExtra
 
+STYLE = {"svg.hashsalt": "merganser", "svg.fonttype": "none", "font.size": 9}
+
 
 def gains_figure(scores: Mapping[str, Any]) -> str:
     """Return an SVG of a run's scores.json: each merger from without to with adapting, between base and experts.
 
     Tuned rows where there are any. Raises DataError for a run without a pair, MissingExtra without matplotlib.
     """
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtra("a figure", "report") from None
+    mpl, figure = _matplotlib()
     if not scores["gains"]:
         raise DataError("no sentence was run both with and without adapting: there is no gain to draw")
     tuned = any(gain["tuned"] for gain in scores["gains"])
     gains = [gain for gain in scores["gains"] if gain["tuned"] == tuned][::-1]
-    with mpl.rc_context({"svg.hashsalt": "merganser", "svg.fonttype": "none", "font.size": 9}):
-        picture = Figure(figsize=(6.4, 0.9 + 0.38 * len(gains)), layout="constrained")
+    with mpl.rc_context(STYLE):
+        picture = figure(figsize=(6.4, 0.9 + 0.38 * len(gains)), layout="constrained")
         axes = picture.subplots()
         for height, gain in enumerate(gains):
             a, b = (100 * scores["rows"][gain[k]]["mean"]["score"] for k in ("without", "with"))
@@ -45,6 +43,51 @@ def gains_figure(scores: Mapping[str, Any]) -> str:
             f"mean over {len(scores['tasks'])} tasks, points; from without to with adapting, band: 95 % interval"
         )
         axes.spines[["top", "right"]].set_visible(False)
-        out = StringIO()
-        picture.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+        return _svg(picture)
+
+
+def study_figure(told: Mapping[str, Any]) -> str:
+    """Return an SVG of a study.json: the share of the loss that adapting recovers, by variation, a line a merger.
+
+    Bars behind them are 95 % intervals of the gain, paired, as shares of the same loss.
+    """
+    mpl, figure = _matplotlib()
+    labels = [one["label"] for one in told["variations"]]
+    with mpl.rc_context(STYLE):
+        picture = figure(figsize=(6.4, 3.2), layout="constrained")
+        axes = picture.subplots()
+        for k, merger in enumerate(told["mergers"]):
+            cells = [one["mergers"][merger] for one in told["variations"]]
+            lost = [one["experts"] - cell["without"] for one, cell in zip(told["variations"], cells, strict=True)]
+            at = [x + 0.08 * (k - (len(told["mergers"]) - 1) / 2) for x in range(len(labels))]
+            share = {
+                name: [
+                    100 * c["gain"][name] / one if one > 0 else float("nan") for c, one in zip(cells, lost, strict=True)
+                ]
+                for name in ("score", "low", "high")
+            }
+            colour = f"C{k % 10}"
+            axes.vlines(at, share["low"], share["high"], color=colour, linewidth=4, alpha=0.3)
+            axes.plot(at, share["score"], "o-", color=colour, markersize=4, linewidth=1, label=merger)
+        axes.axhline(0, color="#444444", linewidth=0.8, linestyle=":")
+        axes.set_xticks(range(len(labels)), labels)
+        axes.set_xlabel(told["axis"])
+        axes.set_ylabel("recovered, % of what merging loses")
+        axes.legend(frameon=False, fontsize=8, ncols=2)
+        axes.spines[["top", "right"]].set_visible(False)
+        return _svg(picture)
+
+
+def _matplotlib() -> tuple[Any, Any]:
+    try:
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingExtra("a figure", "report") from None
+    return mpl, Figure
+
+
+def _svg(picture: Any) -> str:
+    out = StringIO()
+    picture.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"

@@ -110,6 +110,22 @@ def bench(
     Raises DataError if the folder holds fewer than two tasks of the suite's kind or no unlabeled inputs.
     """
     sentences = list(how) if how else list(suite.sentences)
+    recipe = recipe_for(suite, data, sentences, domains=domains, files=files, progress=progress)
+    if experts_only:
+        return next(iter(recipe.experts.values())).parent.parent
+    return run_seeds(recipe, Path(to), seeds, progress)
+
+
+def recipe_for(
+    suite: Suite,
+    data: str | Path,
+    sentences: Sequence[str],
+    *,
+    domains: Mapping[str, Path] | None = None,
+    files: Sequence[Path] | None = None,
+    progress: Progress = silent,
+) -> Recipe:
+    """Return the recipe of a suite on the tasks in ``data``, its experts made or found in the cache."""
     for text in sentences:
         parse(text)
     tasks, files = suite.tasks(data), files or suite.files(data)
@@ -118,7 +134,7 @@ def bench(
     recipe = Recipe(
         title=f"{name} suite: {len(tasks)} tasks, {suite.network}",
         command=f"merganser bench {name} --data {Path(data).name}" + (" --network conv" * (suite.network == "conv")),
-        sentences=sentences,
+        sentences=list(sentences),
         scales=list(suite.scales),
         model=ModelPart(base=base, encoder=suite.encoder, options=dict(suite.options), precision=suite.precision),
         experts=dict.fromkeys(tasks, base),
@@ -129,9 +145,7 @@ def bench(
         limits=suite.limits,
     )
     experts = make_experts(suite, recipe, tasks, cache_folder() / suite.name, progress)
-    if experts_only:
-        return next(iter(experts.values())).parent.parent
-    return run_seeds(recipe.model_copy(update={"experts": experts}), Path(to), seeds, progress)
+    return recipe.model_copy(update={"experts": experts})
 
 
 def run_seeds(recipe: Recipe, to: Path, seeds: int, progress: Progress) -> Path:

@@ -1,0 +1,262 @@
+"""Studies: one question about adapting, answered on a suite with several seeds; one table and one figure.
+
+    FOLDER/seed-K/GROUP/    a run of each group of variations, resumable like any run
+    FOLDER/study.json       what they found together;  FOLDER/study.svg, its picture
+
+Every variation is compared with the same mergers without adapting, scale chosen on validation both times. The experts
+are the same for all seeds; a seed is that of the inputs' order, of the rows held out, and of mergers that draw.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..card import read_card, read_json, write_json
+from ..errors import DataError, did_you_mean
+from ..evaluate.metrics import interval
+from ..evaluate.run import means
+from ..evaluate.table import Row, rows_in
+from ..progress import Progress, silent
+from ..recipe import Recipe
+from ..run import run, slug
+from ..sentence import parse
+from ..sweep import split_scale
+from .suite import Suite, recipe_for
+
+MERGERS = ("task_arithmetic", "ties", "tsv", "iso_c")
+STUDIED = ("text", "lora", "vision")
+Change = Callable[[Recipe], Recipe]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Variations that share all but the adapt words; ``change`` makes the recipe they share out of the suite's."""
+
+    name: str
+    adapts: Mapping[str, str]  # by label
+    change: Change = lambda recipe: recipe
+
+
+@dataclass(frozen=True)
+class Study:
+    """A question, the groups of variations that answer it, and the mergers it is asked of."""
+
+    question: str
+    axis: str
+    groups: Callable[[Recipe], Sequence[Group]]
+    mergers: Sequence[str] = MERGERS
+
+
+def _knob(name: str, values: Sequence[Any], more: str = "") -> Callable[[Recipe], Sequence[Group]]:
+    """Return one group, the suite's own recipe, with ``ri`` at every value of one knob."""
+    return lambda _recipe: [Group("all", {str(v): f"ri({name}={v!r}{more})" for v in values})]
+
+
+def _amounts(recipe: Recipe) -> Sequence[Group]:
+    most = recipe.inputs.limit if recipe.inputs else None
+    sizes = [n for n in (250, 1000, 4000, 12000) if most is None or n <= most]
+    return [Group(f"{n}", {f"{n}": "ri"}, _with_inputs(limit=n)) for n in sizes]
+
+
+def _sources(recipe: Recipe) -> Sequence[Group]:
+    files = recipe.inputs.files if recipe.inputs else []
+    drawn = ["tokens:12000"] if recipe.model.encoder == "text" else ["noise:6000", "dead-leaves:6000", "fractals:6000"]
+    single = [Group(_stem(f), {_stem(f): "ri"}, _with_inputs(files=[f])) for f in [*files, *map(Path, drawn)]]
+    return [*single, Group("all", {"all files": "ri"})]
+
+
+def _stem(path: Path) -> str:
+    return path.name.split(".")[0].split(":")[0]
+
+
+def _with_inputs(**settings: Any) -> Change:
+    def change(recipe: Recipe) -> Recipe:
+        if recipe.inputs is None:
+            raise DataError("this study needs unlabeled inputs")
+        return recipe.model_copy(update={"inputs": recipe.inputs.model_copy(update=settings)})
+
+    return change
+
+
+def _counts(recipe: Recipe) -> Sequence[Group]:
+    names = list(recipe.tasks)
+    counts = sorted({2, len(names) // 2, 3 * len(names) // 4, len(names)})
+    return [Group(f"{n}-tasks", {f"{n}": "ri"}, _first(n)) for n in counts if n >= 2]
+
+
+def _first(n: int) -> Change:
+    def change(recipe: Recipe) -> Recipe:
+        some = list(recipe.tasks)[:n]
+        kept = {part: {k: getattr(recipe, part)[k] for k in some} for part in ("tasks", "experts")}
+        return recipe.model_copy(update=kept)
+
+    return change
+
+
+STUDIES: dict[str, Study] = {
+    "tasks": Study("How does the gain grow with the number of tasks?", "tasks", _counts),
+    "steps": Study("How many steps are enough?", "steps an expert", _knob("steps", (50, 100, 300, 1000))),
+    "amount": Study("How many unlabeled inputs are enough?", "unlabeled inputs", _amounts),
+    "sources": Study("Which unlabeled inputs help?", "source", _sources),
+    "distance": Study(
+        "Which distance between outputs?",
+        "distance",
+        _knob("distance", ("kl", "reverse", "js", "ce", "mse", "cosine")),
+    ),
+    "alpha": Study("How much weight for the other heads?", "alpha", _knob("alpha", (0.3, 1.0, 3.0, 10.0))),
+    "lr": Study("How large a learning rate?", "lr", _knob("lr", (2e-5, 5e-5, 1e-4, 5e-4))),
+    "form": Study(
+        "What if the other heads are not known, or not all asked?",
+        "form",
+        lambda _recipe: [
+            Group("all", {"heads": "ri", "1 head a step": "ri(sample=1)", "rows": "ri(form='rows')",
+                          "features": "ri(form='features')"})
+        ],
+    ),
+    "part": Study(
+        "Can a low rank do?",
+        "trained",
+        lambda _recipe: [Group("all", {"all": "ri", **{f"rank {r}": f"ri(rank={r}, lr=0.0005)" for r in (16, 64)}})],
+    ),
+    "mergers": Study(
+        "Does it help every merger?",
+        "mergers",
+        lambda _recipe: [Group("all", {"ri": "ri"})],
+        ("average", "task_arithmetic", "ties", "dare(keep=0.2) | ties", "knots | ties", "consensus", "magmax", "pcb",
+         "breadcrumbs | task_arithmetic", "tsv", "iso_c", "iso_cts", "dc"),
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class _Found:
+    """What one variation gave with one merger: rows without and with adapting, a pair a seed."""
+
+    pairs: list[tuple[Row, Row]] = field(default_factory=list)
+
+    def told(self, experts: Sequence[float]) -> dict[str, Any]:
+        """Return means over seeds; the interval of the gain is over test examples, paired, seeds averaged first."""
+        without = [a.scores.mean for a, _ in self.pairs]
+        with_ = [b.scores.mean for _, b in self.pairs]
+        draws = means([row.scores for pair in self.pairs for row in pair])
+        difference = (draws[:, 1::2] - draws[:, 0::2]).mean(axis=1)
+        tail = min((difference <= 0).mean(), (difference >= 0).mean())
+        gains = [b - a for a, b in zip(without, with_, strict=True)]
+        lost = float(np.mean(experts) - np.mean(without))
+        gain = {"score": float(np.mean(gains)), **interval(difference)}
+        gain["p"] = min(1.0, 2 * max(float(tail), 1 / len(difference)))
+        return {
+            "without": float(np.mean(without)),
+            "with": float(np.mean(with_)),
+            "scales": [[a.scale, b.scale] for a, b in self.pairs],
+            "gain": gain,
+            "by_seed": gains,
+            "recovered": gain["score"] / lost if lost > 0 else None,
+        }
+
+
+def open_study(name: str) -> Study:
+    """Return a study by its name. Raises DataError for an unknown one."""
+    if name not in STUDIES:
+        raise DataError(f"unknown study '{name}'{did_you_mean(name, list(STUDIES))}; known: {', '.join(STUDIES)}")
+    return STUDIES[name]
+
+
+def suite_of(name: str, opened: Any) -> Suite:
+    """Return the suite that a study is made of. Raises DataError where there is none of that suite."""
+    if not isinstance(getattr(opened, "SUITE", None), Suite) or name not in STUDIED:
+        raise DataError(f"suite '{name}' has no studies; those of {', '.join(STUDIED)} have")
+    return opened.SUITE
+
+
+def bench(
+    suite: Suite,
+    data: str | Path,
+    to: str | Path,
+    name: str,
+    *,
+    seeds: int = 3,
+    how: Sequence[str] | None = None,
+    progress: Progress = silent,
+) -> Path:
+    """Run the study ``name`` on a suite; return ``study.json``, beside which lies its figure.
+
+    ``how`` replaces the study's mergers. Runs that are done are read back. Raises DataError as `suite.bench` does.
+    """
+    from ..report.figure import study_figure
+
+    asked = open_study(name)
+    mergers = [str(split_scale(parse(text)).sentence) for text in how or asked.mergers]
+    if adapting := [text for text in mergers if parse(text).adapt]:
+        raise DataError(f"--how '{adapting[0]}': a study adapts by itself; give what comes after, such as ties")
+    folder = Path(to)
+    recipe = recipe_for(suite, data, mergers, progress=progress)
+    groups = asked.groups(recipe)
+    found: dict[tuple[str, str], _Found] = {}
+    seconds: dict[str, list[float]] = {}
+    experts: dict[str, list[float]] = {}
+    for seed in range(seeds):
+        for group in groups:
+            place = folder / f"seed-{seed}" / slug(group.name)
+            sentences = [*mergers, *(f"{how} | {m}" for how in group.adapts.values() for m in mergers)]
+            run(_as(group.change(recipe), sentences, seed), place, progress=progress)
+            rows = _chosen(rows_in(place))
+            top = (read_json(place / "scores.json") or {})["experts"]["mean"]["score"]
+            for label, adapt in group.adapts.items():
+                experts.setdefault(label, []).append(top)
+                seconds.setdefault(label, []).append(_adapting(place, _adapt_of(adapt)))
+                for merger in mergers:
+                    pair = rows[None, merger], rows[_adapt_of(adapt), merger]
+                    found.setdefault((label, merger), _Found()).pairs.append(pair)
+    adapts = {label: how for group in groups for label, how in group.adapts.items()}
+    told = {
+        "version": 1,
+        "study": name,
+        "question": asked.question,
+        "axis": asked.axis,
+        "title": f"{recipe.title.split(':')[0]}: {asked.question}",
+        "date": time.strftime("%Y-%m-%d"),
+        "command": f"{recipe.command} --study {name} --seeds {seeds}",
+        "seeds": seeds,
+        "mergers": mergers,
+        "variations": [
+            {
+                "label": label,
+                "adapt": adapt,
+                "experts": float(np.mean(experts[label])),
+                "seconds": float(np.mean(seconds[label])),
+                "mergers": {m: found[label, m].told(experts[label]) for m in mergers},
+            }
+            for label, adapt in adapts.items()
+        ],
+    }
+    write_json(folder / "study.json", told)
+    (folder / "study.svg").write_text(study_figure(told))
+    return folder / "study.json"
+
+
+def _as(recipe: Recipe, sentences: list[str], seed: int) -> Recipe:
+    limits = recipe.limits.model_copy(update={"ensemble": False})
+    return recipe.model_copy(update={"sentences": sentences, "seed": seed, "limits": limits})
+
+
+def _adapt_of(adapt: str) -> str:
+    return " | ".join(map(str, parse(f"{adapt} | average").adapt))
+
+
+def _chosen(rows: Sequence[Row]) -> dict[tuple[str | None, str], Row]:
+    """Return one row a sentence, by its adapt words and merger: the tuned one where there is one."""
+    chosen: dict[tuple[str | None, str], Row] = {}
+    for row in sorted(rows, key=lambda row: row.tuned):
+        chosen[row.adapt, row.merging] = row
+    return chosen
+
+
+def _adapting(place: Path, how: str) -> float:
+    """Return the seconds that adapting one expert took, the mean over experts."""
+    cards = [read_card(folder) for folder in sorted((place / "adapted" / slug(how)).iterdir()) if folder.is_dir()]
+    return float(np.mean([card["seconds"] for card in cards if card]))

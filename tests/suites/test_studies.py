@@ -1,0 +1,103 @@
+"""Studies: every variation against the same mergers without adapting, over seeds, from runs that are not done twice."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_text_suite import needs_data, needs_minilm, piece
+
+from merganser.errors import DataError
+from merganser.evaluate.run import Outcome, Scores
+from merganser.evaluate.table import Row, rows_in
+from merganser.recipe import InputsPart, ModelPart, Recipe
+from merganser.sentence import parse
+from merganser.suites import studies, text
+from merganser.suites.studies import STUDIES, Group, Study, _Found
+from merganser.suites.suite import shortened
+
+
+def recipe(encoder: str = "text") -> Recipe:
+    names = "abcdefgh"
+    files = [Path("wiki.txt.gz"), Path("brown.txt.gz")]
+    return Recipe(
+        sentences=["ties"], model=ModelPart(base="base", encoder=encoder), experts={n: Path(n) for n in names},
+        tasks={n: Path(n) for n in names}, inputs=InputsPart(files=files, limit=12_000),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("encoder", ["text", "merganser.models.toy:conv_net"])
+def test_every_study_asks_what_can_be_run(name, encoder):
+    asked = STUDIES[name]
+    groups = asked.groups(recipe(encoder))
+    labels = [label for group in groups for label in group.adapts]
+    assert len(labels) == len(set(labels)) >= 1
+    assert len({group.name for group in groups}) == len(groups)
+    for group in groups:
+        changed = group.change(recipe(encoder))
+        assert set(changed.tasks) == set(changed.experts)
+        for adapt in group.adapts.values():
+            for merger in asked.mergers:
+                for step in parse(f"{adapt} | {merger}").adapt:
+                    step.hook("check")(**step.knobs)
+
+
+def rows(wrong: int, adapt: str | None = None) -> Row:
+    labels = np.zeros(100, np.int64)
+    said = labels.copy()
+    said[:wrong] = 1
+    one = Outcome(labels, said, np.ones(100), "accuracy")
+    return Row("s", Scores({"a": one}), "ties", adapt, 1.0)
+
+
+def test_gains_are_means_over_seeds_with_a_paired_interval():
+    found = _Found([(rows(30), rows(20, "ri")), (rows(30), rows(10, "ri"))])
+    told = found.told([0.9, 0.9])
+    assert told["by_seed"] == pytest.approx([0.1, 0.2])
+    assert told["gain"]["score"] == pytest.approx(0.15)
+    assert told["recovered"] == pytest.approx(0.15 / 0.2)
+    assert 0 < told["gain"]["low"] < 0.15 < told["gain"]["high"]
+    assert told["gain"]["p"] < 0.05
+    assert _Found([(rows(10), rows(10, "ri"))]).told([0.8])["recovered"] is None, "nothing was lost"
+
+
+def test_unknown_studies_and_adapting_mergers_are_told(tmp_path):
+    with pytest.raises(DataError, match="did you mean 'steps'"):
+        studies.open_study("step")
+    with pytest.raises(DataError, match="has no studies"):
+        studies.suite_of("domains", text)
+    with pytest.raises(DataError, match="a study adapts by itself"):
+        studies.bench(text.SUITE, tmp_path, tmp_path / "out", "steps", how=["ri | ties"])
+
+
+@needs_data
+@needs_minilm
+def test_a_small_study_runs_and_is_read_back(tmp_path, monkeypatch):
+    monkeypatch.setenv("MERGANSER_CACHE", str(tmp_path / "cache"))
+    adapts = {"short": "ri(steps=2, batch=8)", "longer": "ri(steps=3, batch=8)"}
+    groups = [Group("few", adapts, studies._with_inputs(limit=40))]
+    monkeypatch.setitem(STUDIES, "trial", Study("How many?", "inputs", lambda _recipe: groups, ("task_arithmetic",)))
+    short = shortened(text.SUITE, steps=4, scales=[1.0])
+    data, out = piece(tmp_path / "data"), tmp_path / "out"
+    how = ["average", "task_arithmetic | scale(by=0.3)"]
+    told = json.loads(studies.bench(short, data, out, "trial", seeds=2, how=how).read_text())
+    assert [one["label"] for one in told["variations"]] == ["short", "longer"]
+    assert told["mergers"] == ["average", "task_arithmetic"]
+    for one in told["variations"]:
+        assert one["seconds"] > 0
+        for merger in told["mergers"]:
+            cell = one["mergers"][merger]
+            assert len(cell["by_seed"]) == len(cell["scales"]) == 2
+            assert cell["gain"]["score"] == pytest.approx(cell["with"] - cell["without"])
+    by_hand = [
+        r for r in rows_in(out / "seed-1" / "few") if r.adapt == "ri(steps=3, batch=8)" and r.merging == "average"
+    ]
+    alone = [r for r in rows_in(out / "seed-1" / "few") if r.adapt is None and r.merging == "average"]
+    cell = told["variations"][1]["mergers"]["average"]
+    assert cell["by_seed"][1] == pytest.approx(by_hand[0].scores.mean - alone[0].scores.mean)
+    assert "<svg" in (out / "study.svg").read_text()
+    written = {p: p.stat().st_mtime_ns for p in out.rglob("model.safetensors")}
+    again = json.loads(studies.bench(short, data, out, "trial", seeds=2, how=how).read_text())
+    assert again == told
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("model.safetensors")} == written
