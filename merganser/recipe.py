@@ -3,7 +3,7 @@
 title = "eight sentence tasks"
 sentences = ["task_arithmetic | scale(by=0.3)", "ri(steps=300) | task_arithmetic | scale(by=0.3)"]
 scales = [0.2, 0.4, 0.6]          # tried on the validation splits; [] takes every sentence as it is written;
-                                  # all_scales = true goes on past the peak
+                                  # all_scales = true tries each, past the peak too
 
 [model]
 base = "models/base"              # a Hugging Face folder, or what your own factory reads

@@ -118,7 +118,7 @@ class Scores(Mapping[str, Outcome]):
         return hits(ranks) if ranks and len(ranks) == len(self) else None
 
 
-def evaluate(model: Model, tasks: Mapping[str, Labelled], *, union: Union | None = None, batch: int = 256) -> Scores:
+def evaluate(model: Model, tasks: Mapping[str, Labelled], *, union: Union | None = None, batch: int = 64) -> Scores:
     """Return the scores of ``model`` on ``tasks``, each with the head of its own name.
 
     ``union``: also rank the right class among the classes of all tasks.

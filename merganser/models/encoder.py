@@ -53,7 +53,7 @@ def features(
     weights: Mapping[str, Tensor],
     inputs: Any,
     *,
-    batch: int = 256,
+    batch: int = 64,
     kind: str = "auto",
     progress: Progress | None = None,
 ) -> Float[Tensor, "n width"]:
