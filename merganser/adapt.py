@@ -13,9 +13,10 @@ from .card import digest, is_done, key_of
 from .errors import HeadError, SentenceError
 from .models.encoder import features
 from .models.heads import AnyHead, Head, check_width
-from .models.inputs import Subset, digest_parts
+from .models.inputs import Prompts, Subset, digest_parts
 from .progress import Progress, silent
 from .sentence import Step, knobs_of, parse_words
+from .steps.tokens import TopTokens, top_tokens
 from .steps.twins import overlapping
 from .train import Checkpoint
 from .weights.adapter import Adapter, is_adapter
@@ -43,7 +44,8 @@ def adapt(
 ) -> dict[str, Mapping[str, Tensor]]:
     """Return every expert's adapted weights, on unlabeled ``inputs`` alone.
 
-    ``heads``: one an expert, under the expert's name. ``how``: adapt steps, such as ``"ri(steps=300)"``. ``into``: a
+    ``heads``: one an expert, under the expert's name; a language model has none, its ``inputs`` are `Prompts` of every
+    expert's kind and generic text. ``how``: adapt steps, such as ``"ri(steps=300)"``. ``into``: a
     folder; each expert gets its own in it, one that its card proves done is read back, and one that was interrupted
     goes on from its last checkpoint to the same result; one that a step keeps an adapter (`ri`) is written as one.
     ``kind``: "fp32", "bf16" or "auto" (see `models.encoder`).
@@ -56,13 +58,20 @@ def adapt(
     sources = {name: open_weights(source) for name, source in named(experts).items()}
     thetas = match(theta0, sources, own).experts
     steps = adapt_steps(how)
-    if missing := [name for name in thetas if name not in heads]:
-        raise HeadError(f"expert '{missing[0]}' has no head of that name; heads: {', '.join(heads)}")
+    speaks = isinstance(inputs, Prompts)
+    known = inputs.names if isinstance(inputs, Prompts) else tuple(heads)
+    if missing := [name for name in thetas if name not in known]:
+        what = ("prompts", "prompts of") if speaks else ("head", "heads")
+        raise HeadError(f"expert '{missing[0]}' has no {what[0]} of that name; {what[1]}: {', '.join(known)}")
     for name in thetas if into is not None else ():
         refuse_overwriting(Path(into or ".") / name, theta0, *sources.values())
-    check_fit(encoder, theta0, heads, inputs)
+    if not speaks:
+        check_fit(encoder, theta0, heads, inputs)
     same = {"base": digest(theta0), "heads": heads_key or heads_digest(heads), "inputs": inputs_digest(inputs)}
-    base_features = remembered(encoder, theta0, inputs, kind)
+    if speaks:
+        base_features = remembered_tokens(encoder, theta0, inputs, kind, key_of([same, kind]), into)
+    else:
+        base_features = remembered(encoder, theta0, inputs, kind)
     adapted: dict[str, Mapping[str, Tensor]] = {}
     for name, theta in thetas.items():
         card: dict[str, Any] = {
@@ -166,6 +175,19 @@ def remembered(encoder: nn.Module, base: Mapping[str, Tensor], inputs: Any, kind
         return features(encoder, base, Subset(inputs, torch.tensor(indices)), kind=kind)
 
     return lambda indices: compute(tuple(indices.tolist()))
+
+
+def remembered_tokens(
+    encoder: nn.Module, base: Mapping[str, Tensor], inputs: Any, kind: str, key: str, into: str | Path | None
+) -> Any:
+    """Return a function from k to the base's k most likely next tokens on all inputs: once for all experts, on disk."""
+
+    @cache
+    def compute(k: int) -> TopTokens:
+        folder = None if into is None else Path(into) / f".targets-{k}"
+        return top_tokens(encoder, base, inputs, k, kind=kind, folder=folder, key=key)
+
+    return compute
 
 
 def heads_digest(heads: Mapping[str, AnyHead]) -> str:

@@ -37,6 +37,36 @@ class Texts:
 
 
 @dataclass(frozen=True)
+class Prompts:
+    """Tokenised texts for language models: prompts of the kind that each expert is for, and generic text.
+
+    ``kinds`` ``[n]``: whose prompt each text is, as an index into ``names``; -1 is generic. A batch is that of `Texts`.
+    """
+
+    texts: Texts
+    kinds: Tensor
+    names: tuple[str, ...]
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.texts.lengths
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, indices: Tensor) -> dict[str, Tensor]:
+        return self.texts.take(indices)
+
+    def of(self, name: str) -> Tensor:
+        """Return the indices of one expert's prompts."""
+        return (self.kinds == self.names.index(name)).nonzero()[:, 0]
+
+    def digest_parts(self) -> list[Tensor]:
+        names = torch.tensor(list("\n".join(self.names).encode()), dtype=torch.uint8)
+        return [*digest_parts(self.texts), self.kinds, names]
+
+
+@dataclass(frozen=True)
 class Images:
     """Images kept as bytes and turned into floats batch by batch.
 

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..models.encoder import bound, precision
-from ..models.inputs import take
+from ..models.inputs import Prompts, Subset, take
 from ..progress import Tick
 from ..train import Checkpoint, Loss, Order, Plan, train, write_log
 from .moving import Moving
@@ -30,7 +30,14 @@ class Student:
             return torch.func.functional_call(self.encoder, self.fixed | made, (take(self.inputs, at),)).float()
 
     def train(
-        self, loss: Loss, split: "Split", plan: Plan, *, checkpoint: Checkpoint | None, log: Path | None, tick: Tick
+        self,
+        loss: Loss,
+        split: "Split | Halves",
+        plan: Plan,
+        *,
+        checkpoint: Checkpoint | None,
+        log: Path | None,
+        tick: Tick,
     ) -> dict[str, Tensor]:
         """Minimise ``loss`` of the inputs' indices; return the numbers that were best on those held out."""
 
@@ -69,6 +76,27 @@ class Split:
     def order(self, step: int) -> Int[Tensor, "batch"]:
         """Return the indices of the batch at ``step``."""
         return self.pool[self.inner(step)]
+
+
+class Halves:
+    """A split of `Prompts` whose batches are half of the own kind, half of all others; otherwise as `Split`."""
+
+    def __init__(self, inputs: Prompts, own: str, steps: int, batch: int, held_out: float, seed: int):
+        mine = inputs.kinds == inputs.names.index(own)
+        at = [mine.nonzero()[:, 0], (~mine).nonzero()[:, 0]]
+        halves = [Split(Subset(inputs, rows), steps, max(1, batch // 2), held_out, seed) for rows in at]
+        self.at, self.halves = at, halves
+        self.everything = self._both([half.everything for half in halves])
+        kept = self._both([half.kept for half in halves])
+        mixed = torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed))
+        self.kept = kept[mixed]  # so that every part of it has both kinds
+
+    def _both(self, parts: list[Tensor]) -> Tensor:
+        return torch.cat([rows[part] for rows, part in zip(self.at, parts, strict=True)])
+
+    def order(self, step: int) -> Int[Tensor, "batch"]:
+        """Return the indices of the batch at ``step``."""
+        return self._both([half.order(step) for half in self.halves])
 
 
 def moved(expert: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> list[str]:

@@ -9,14 +9,15 @@ from torch import Tensor, nn
 from ...errors import HeadError
 from ...models.encoder import bound, features
 from ...models.heads import AnyHead
-from ...models.inputs import Subset
+from ...models.inputs import Prompts, Subset
 from ...models.statistics import is_statistic
 from ...progress import Tick
 from ...train import Checkpoint, Plan
 from ...weights.adapter import Factors
 from ...weights.own_rank import OwnRank, own_rank
 from ..moving import Low, Moving, chosen, low_rank
-from ..student import Split, Student, moved, targets_told
+from ..student import Halves, Split, Student, moved, targets_told
+from ..tokens import NextTokens, TopTokens, top_tokens
 from ..twins import DISTANCES, FORMS, Twins, overlapping
 
 
@@ -41,11 +42,12 @@ def ri(
     only: str = "*",
     rank: int | str = "own",
     pull: float = 0.0,
+    top: int = 64,
     held_out: float = 0.05,
     patience: int = 3,
     seed: int = 0,
     _precision: str = "auto",
-    _base_features: Callable[[Tensor], Tensor] | None = None,
+    _base_features: Callable[[Any], Any] | None = None,
     _checkpoint: Checkpoint | None = None,
     _log: Path | None = None,
     _tick: Tick = lambda _advance=1, **_terms: None,
@@ -69,6 +71,12 @@ def ri(
     rank     a change B A of this rank of each matrix instead of itself (0). "own": where the expert is a LoRA adapter, its
              own B and A are trained on, and what is returned is an adapter again; other experts as with 0
     pull     adds ``pull |theta - expert|^2 / |expert - base|^2``
+    top      language models: so many of the most likely next tokens are kept of a target, and one bin for all others
+
+    A language model (``inputs`` are `Prompts`, ``encoder`` gives logits of next tokens) has no heads: it keeps the
+    expert's next tokens on the expert's own prompts and the base's on generic text and on other experts' prompts, at
+    every place; half of a batch is of the own kind (see `steps.tokens`). ``temperature``, ``form``, ``sample`` and
+    ``overlap`` do not apply.
 
     The targets are computed once: a step costs one forward and one backward of the student. A share ``held_out`` of
     the inputs (at most 256) is kept to tell when it has stopped helping: training ends after ``patience`` checks without
@@ -81,18 +89,25 @@ def ri(
     Source: Resolving Interference (arXiv 2603.13467), section 5, algorithm 1.
     """
     check(steps=steps, lr=lr, alpha=alpha, batch=batch, distance=distance, held_out=held_out)
-    check(temperature=temperature, form=form, sample=sample, overlap=overlap, rank=rank, pull=pull)
-    if own not in heads:
-        raise HeadError(f"expert '{own}' has no head of that name; heads: {', '.join(heads)}")
-    split = Split(inputs, steps, batch, held_out, seed)
-    at = split.everything
-    base_features = _base_features or (lambda at: features(encoder, base, Subset(inputs, at), kind=_precision))
-    hidden = {name: same for name, (same, _) in overlapping(heads, own, overlap).items()} if form == "heads" else {}
-    how: dict[str, Any] = {"distance": distance, "temperature": temperature, "form": form, "sample": sample}
-    twins = Twins(heads, own, alpha=alpha, hidden=hidden, **how)
-    told = targets_told(_tick)
-    expert_features = features(encoder, expert, Subset(inputs, at), kind=_precision, progress=told)
-    twins.remember(at, len(inputs), base_features(at), expert_features)
+    check(temperature=temperature, form=form, sample=sample, overlap=overlap, rank=rank, pull=pull, top=top)
+    known_as = inputs.names if isinstance(inputs, Prompts) else tuple(heads)
+    if own not in known_as:
+        what = "prompts" if isinstance(inputs, Prompts) else "head"
+        raise HeadError(f"expert '{own}' has no {what} of that name; there are: {', '.join(known_as)}")
+    how: dict[str, Any] = {"alpha": alpha, "distance": distance}
+    split: Any
+    terms: Any
+    if isinstance(inputs, Prompts):
+        split = Halves(inputs, own, steps, batch, held_out, seed)
+        terms = _spoken(expert, base, inputs, own, encoder, top, _base_features, _precision, _tick, how)
+    else:
+        split = Split(inputs, steps, batch, held_out, seed)
+        hidden = {name: same for name, (same, _) in overlapping(heads, own, overlap).items()} if form == "heads" else {}
+        terms = Twins(heads, own, hidden=hidden, temperature=temperature, form=form, sample=sample, **how)
+        at = split.everything
+        base_features = _base_features or (lambda at: features(encoder, base, Subset(inputs, at), kind=_precision))
+        mine = features(encoder, expert, Subset(inputs, at), kind=_precision, progress=targets_told(_tick))
+        terms.remember(at, len(inputs), base_features(at), mine)
     known = {n.removeprefix(getattr(encoder, "prefix", "")) for n in bound(encoder, expert)}
     names = chosen([n for n in moved(expert, base) if n in known and not is_statistic(n)], only)
     own_factors = own_rank(expert, names) if rank == "own" else None
@@ -101,8 +116,8 @@ def ri(
     student = Student(expert, encoder, inputs, moving, _precision)
 
     def loss(at: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        value, terms = twins(at, student(at))
-        return (value + pull * moving.pull(moving.params, moves) if pull else value), terms
+        value, told = terms(at, student(at))
+        return (value + pull * moving.pull(moving.params, moves) if pull else value), told
 
     plan = Plan(steps, lr, weight_decay, patience=patience)
     best = student.train(loss, split, plan, checkpoint=_checkpoint, log=_log, tick=_tick)
@@ -111,6 +126,24 @@ def ri(
         return own_factors.changed({**low, **{n: best[n] for n in moving.whole}})
     adapted = moving.weights(best)
     return {n: adapted[n].to(expert[n].dtype) if n in adapted else expert[n] for n in expert}
+
+
+def _spoken(
+    expert: Mapping[str, Tensor],
+    base: Mapping[str, Tensor],
+    inputs: Prompts,
+    own: str,
+    encoder: nn.Module,
+    top: int,
+    base_tokens: Callable[[int], TopTokens] | None,
+    kind: str,
+    tick: Tick,
+    how: Mapping[str, Any],
+) -> NextTokens:
+    """Return the terms of a language model, with the expert's targets on its own prompts and the base's on all texts."""
+    mine = top_tokens(encoder, expert, Subset(inputs, inputs.of(own)), top, kind=kind, tick=tick)
+    theirs = base_tokens(top) if base_tokens else top_tokens(encoder, base, inputs, top, kind=kind, tick=tick)
+    return NextTokens(inputs, own, base=theirs, expert=mine, **how)
 
 
 def _moving(
@@ -128,7 +161,7 @@ def _moving(
 
 def check(**knobs: Any) -> None:
     """Raise ValueError at a knob out of range, before any work."""
-    for name in ("steps", "batch", "lr"):
+    for name in ("steps", "batch", "lr", "top"):
         if name in knobs and not knobs[name] > 0:
             raise ValueError(f"{name} must be positive, got {knobs[name]}")
     if knobs.get("alpha", 1) < 0:

@@ -1,0 +1,66 @@
+"""Scores of language models: does greedy decoding give the answer to a prompt, and how likely is the answer."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+from ..models.causal import CausalLM
+from ..models.encoder import batches, bound, precision
+from ..models.inputs import Texts
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a model makes of prompts with answers.
+
+    ``exact``: greedy decoding gives the whole answer, end of text included. ``nats``: mean over the answer's tokens of
+    -log p(token | prompt and the answer so far).
+    """
+
+    exact: np.ndarray
+    nats: np.ndarray
+
+
+@torch.no_grad()
+def answered(
+    model: CausalLM,
+    weights: Mapping[str, Tensor],
+    pairs: Sequence[tuple[str, str]],
+    *,
+    batch: int = 64,
+    kind: str = "auto",
+) -> Answered:
+    """Return how ``model`` with ``weights`` answers ``(prompt, answer)`` pairs.
+
+    One forward pass tells whether greedy decoding would give the answer: it does if and only if every token of it is the
+    most likely one after those before it. Ties go to the lowest token, as in decoding.
+    Raises DataError for an empty answer or a pair longer than the model reads.
+    """
+    ids, answers = [], []
+    for k, (prompt, answer) in enumerate(pairs):
+        one, more = (model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, answer))
+        if not one or not more:
+            raise DataError(f"pair {k}: {'prompt' if not one else 'answer'} is empty")
+        end = model.tokenizer.eos_token_id
+        more = [*more, *([] if end is None else [end])]
+        if len(one) + len(more) > model.length:
+            raise DataError(f"pair {k} has {len(one) + len(more)} tokens; the model reads {model.length}")
+        ids.append(torch.tensor([*one, *more]))
+        answers.append(len(more))
+    texts = Texts(ids, model.tokenizer.pad_token_id or 0)
+    tensors = bound(model, weights)
+    exact, nats = np.zeros(len(ids), bool), np.zeros(len(ids))
+    for index in batches(texts, batch):
+        given = texts.take(index)
+        with precision(kind):
+            logits = torch.func.functional_call(model, tensors, (given,)).float()
+        for row, i in enumerate(index.tolist()):
+            n, length = answers[i], len(ids[i])
+            said, wanted = logits[row, length - n - 1 : length - 1], ids[i][length - n :]
+            exact[i] = bool((said.argmax(dim=1) == wanted).all())
+            nats[i] = -said.log_softmax(dim=1).gather(1, wanted[:, None]).mean().item()
+    return Answered(exact, nats)

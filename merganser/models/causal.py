@@ -1,0 +1,75 @@
+"""Causal language models from folders in the Hub's layout, offline: logits of the next token at every place."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..errors import DataError, WeightsError
+from ..weights.open import open_weights
+from .hf import Wrapped, _load, _loading, _reads, _transformers
+from .inputs import Prompts, Texts
+
+
+class CausalLM(Wrapped):
+    """A causal language model: ``{"input_ids", "attention_mask"}`` to logits ``[batch, length, tokens]``."""
+
+    def __init__(self, model: nn.Module, names: dict[str, str], roots: Sequence[str], tokenizer: Any, length: int):
+        super().__init__(model, names, roots)
+        self.tokenizer = tokenizer
+        self.length = length
+
+    def forward(self, batch: dict[str, Tensor]) -> Float[Tensor, "batch length tokens"]:
+        return self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+
+    def tokens(self, texts: Sequence[str]) -> Texts:
+        """Return the tokenised ``texts``, cut to `length` tokens. Raises DataError if one is no string, or too short."""
+        ids = []
+        for k, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise DataError(f"text {k} is a {type(text).__name__}, not a string")
+            one = self.tokenizer(text, truncation=True, max_length=self.length)["input_ids"]
+            if len(one) < 2:
+                raise DataError(f"text {k}, {text!r}, has {len(one)} token{'s' * (len(one) != 1)}: nothing to predict")
+            ids.append(torch.tensor(one))
+        return Texts(ids, self.tokenizer.pad_token_id or 0)
+
+    def prepare(self, own: Mapping[str, Sequence[str]], generic: Sequence[str] = ()) -> Prompts:
+        """Return inputs for `ri`: prompts of each expert's kind, by its name, and generic text.
+
+        Raises DataError where an expert has no prompts, or only one has any and there is no generic text.
+        """
+        if empty := [name for name, texts in own.items() if not len(texts)]:
+            raise DataError(f"expert '{empty[0]}' has no prompts")
+        if len(own) + bool(len(generic)) < 2:
+            raise DataError("adapting needs prompts of at least two kinds, or generic text beside those of one")
+        kinds = [k for k, texts in enumerate(own.values()) for _ in texts] + [-1] * len(generic)
+        texts = self.tokens([text for some in (*own.values(), generic) for text in some])
+        return Prompts(texts, torch.tensor(kinds), tuple(own))
+
+
+def causal_lm(folder: str | Path, *, length: int = 512) -> CausalLM:
+    """Return the causal language model in ``folder`` (whatever transformers knows as one), with its tokenizer.
+
+    Texts are cut to ``length`` tokens, never more than the model reads.
+    Raises WeightsError if the folder is no such model or lacks a tensor.
+    """
+    transformers = _transformers("causal_lm")
+    folder = Path(folder)
+    if length < 2:
+        raise DataError(f"length must be at least 2, got {length}")
+    with _loading(folder, transformers):
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        try:
+            kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        except KeyError:
+            raise WeightsError(f"{folder}: a '{config.model_type}' is no causal language model") from None
+        model, names = _load(kind, config, open_weights(folder), folder, True)
+    _reads(model, "input_ids", folder)
+    places = getattr(config, "max_position_embeddings", None) or length
+    limits = [length, tokenizer.model_max_length, places]
+    return CausalLM(model, names, [f"{model.base_model_prefix}."], tokenizer, min(limits))
