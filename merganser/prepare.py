@@ -148,7 +148,9 @@ def prepare(recipe: Recipe, *, progress: Progress = silent) -> Prepared:
 
 def _prepare(recipe: Recipe, tick: Tick) -> Prepared:
     if recipe.model.encoder == "causal":
-        raise RecipeError("a recipe scores tasks through heads, which a causal language model has not: docs/ri.md says how")
+        raise RecipeError(
+            "a recipe scores tasks through heads, which a causal language model has not: docs/ri.md says how"
+        )
     sentences = check_sentences(recipe)
     tick(1)
     whole = open_weights(recipe.model.base)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from ..models.causal import CausalLM
+from ..models.causal import CausalLM, places
 from ..models.encoder import batches, bound, precision
 from ..models.inputs import Texts
 
@@ -64,3 +64,26 @@ def answered(
             exact[i] = bool((said.argmax(dim=1) == wanted).all())
             nats[i] = -said.log_softmax(dim=1).gather(1, wanted[:, None]).mean().item()
     return Answered(exact, nats)
+
+
+@torch.no_grad()
+def divergence(
+    model: CausalLM,
+    target: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    texts: Texts,
+    *,
+    batch: int = 64,
+    kind: str = "auto",
+) -> float:
+    """Return KL(next token by ``target`` || by ``weights``), the mean over every place of ``texts``, in nats."""
+    both = [bound(model, one) for one in (target, weights)]
+    total, count = 0.0, 0
+    for index in batches(texts, batch):
+        given = texts.take(index)
+        with precision(kind):
+            logits = [torch.func.functional_call(model, tensors, (given,)).float() for tensors in both]
+        log_p, log_q = (places(one, given["attention_mask"]).log_softmax(dim=-1) for one in logits)
+        total += (log_p.exp() * (log_p - log_q)).sum().item()
+        count += len(log_p)
+    return total / max(1, count)

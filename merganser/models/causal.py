@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError, WeightsError
 from ..weights.open import open_weights
+from .encoder import bound, precision
 from .hf import Wrapped, _load, _loading, _reads, _transformers
 from .inputs import Prompts, Texts
 
@@ -36,6 +37,47 @@ class CausalLM(Wrapped):
                 raise DataError(f"text {k}, {text!r}, has {len(one)} token{'s' * (len(one) != 1)}: nothing to predict")
             ids.append(torch.tensor(one))
         return Texts(ids, self.tokenizer.pad_token_id or 0)
+
+    @torch.no_grad()
+    def continued(
+        self,
+        weights: Mapping[str, Tensor],
+        prompts: Sequence[str],
+        *,
+        most: int = 32,
+        batch: int = 64,
+        kind: str = "auto",
+    ) -> list[str]:
+        """Return every prompt with what ``weights`` say next: greedily, to the end of the text or ``most`` tokens.
+
+        These are texts to adapt on where there are prompts but no answers. Prompts of one length go side by side, so
+        there is no padding to look at.
+        """
+        ids = [self.tokenizer(text)["input_ids"] for text in prompts]
+        tensors, end = bound(self, weights), self.tokenizer.eos_token_id
+        said: dict[int, list[int]] = {}
+        for length in sorted({len(one) for one in ids}):
+            alike = [k for k, one in enumerate(ids) if len(one) == length]
+            for some in (alike[k : k + batch] for k in range(0, len(alike), batch)):
+                rows, going = torch.tensor([ids[k] for k in some]), torch.ones(len(some), dtype=torch.bool)
+                for _ in range(min(most, self.length - length)):
+                    with precision(kind):
+                        given = {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
+                        logits = torch.func.functional_call(self, tensors, (given,))
+                    chosen = logits[:, -1].float().argmax(dim=1)
+                    rows = torch.cat([rows, chosen[:, None]], dim=1)
+                    going &= chosen != (-1 if end is None else end)
+                    if not going.any():
+                        break
+                said |= dict(zip(some, rows[:, length:].tolist(), strict=True))
+        return [text + self._decoded(said[k]) for k, text in enumerate(prompts)]
+
+    def _decoded(self, tokens: list[int]) -> str:
+        """Return the text of tokens up to the end of text, that included."""
+        end = self.tokenizer.eos_token_id
+        if end in tokens:
+            return self.tokenizer.decode(tokens[: tokens.index(end)]) + self.tokenizer.eos_token
+        return self.tokenizer.decode(tokens)
 
     def prepare(self, own: Mapping[str, Sequence[str]], generic: Sequence[str] = ()) -> Prompts:
         """Return inputs for `ri`: prompts of each expert's kind, by its name, and generic text.
@@ -73,3 +115,8 @@ def causal_lm(folder: str | Path, *, length: int = 512) -> CausalLM:
     places = getattr(config, "max_position_embeddings", None) or length
     limits = [length, tokenizer.model_max_length, places]
     return CausalLM(model, names, [f"{model.base_model_prefix}."], tokenizer, min(limits))
+
+
+def places(logits: Float[Tensor, "batch length tokens"], mask: Tensor) -> Float[Tensor, "places tokens"]:
+    """Return the logits at every place that is followed by a token, one text after the other."""
+    return logits[:, :-1][mask[:, 1:].bool()]

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..card import is_done, write_json
+from ..models.causal import places
 from ..models.encoder import batches, bound, precision
 from ..models.inputs import Prompts, take
 from ..progress import Tick
@@ -95,11 +96,6 @@ def _arrays(rows: int, k: int, folder: Path | None) -> tuple[Any, Any]:
     kinds = {"values": np.float16, "ids": np.int32}
     values, ids = (made(folder / f"{n}.npy", mode="w+", dtype=t, shape=(rows, k)) for n, t in kinds.items())
     return values, ids
-
-
-def places(logits: Float[Tensor, "batch length tokens"], mask: Tensor) -> Float[Tensor, "places tokens"]:
-    """Return the logits at every place that is followed by a token, one text after the other."""
-    return logits[:, :-1][mask[:, 1:].bool()]
 
 
 class NextTokens:

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-OWN = ("text", "lora", "vision", "domains")
+OWN = ("text", "lora", "vision", "domains", "lm")
 PUBLISHED = ("clip-8", "clip-14", "clip-20", "domainnet")
 SUITES = (*OWN, *PUBLISHED)
 ON_THE_HUB = {"text": "text", "lora": "text", "vision": "vision"}  # whose data sets `hub.located` finds

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 
 import merganser
 from merganser.errors import DataError, HeadError, RecipeError, WeightsError
-from merganser.evaluate.language import answered
-from merganser.models.causal import causal_lm
+from merganser.evaluate.language import answered, divergence
+from merganser.models.causal import causal_lm, places
 from merganser.steps.adapt.ri import ri
-from merganser.steps.tokens import NextTokens, places, top_tokens, with_tail
+from merganser.steps.tokens import NextTokens, top_tokens, with_tail
 
 transformers = pytest.importorskip("transformers")
 WORDS = {"up": ["a b c d", "b c d e", "c d e f"], "down": ["f e d", "e d c b", "d c b a"]}
@@ -187,6 +187,29 @@ def test_exact_is_what_greedy_decoding_gives(lm):
             nats = F.cross_entropy(logits[0, -len(wanted) - 1 : -1], wanted).item()
             assert found.nats[0] == pytest.approx(nats, rel=1e-4)
     assert seen == {True, False}
+
+
+def test_continued_is_greedy_decoding_and_divergence_the_kl(lm):
+    folder, model, base, experts, inputs = lm
+    real = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    ends = trained(model, base, [f"{text} <end>" for text in WORDS["up"]], steps=80)
+    prompts = ["a", "b c", "f e", "d", "c d", "b"]
+    stopped = 0
+    for weights in (base, experts["down"], ends):
+        real.load_state_dict({n: weights[n] for n in real.state_dict() if n in weights}, strict=False)
+        real.tie_weights()
+        said = model.continued(weights, prompts, most=5, batch=2, kind="fp32")
+        for prompt, text in zip(prompts, said, strict=True):
+            ids = torch.tensor([model.tokenizer(prompt)["input_ids"]])
+            out = real.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+            assert text.startswith(prompt)
+            assert text[len(prompt) :].replace(" ", "") == model.tokenizer.decode(out).replace(" ", "")
+            stopped += text.endswith("<end>")
+    assert stopped
+    own = inputs.of("up")
+    mine = model.tokens(WORDS["up"])
+    expected = kl(model, experts["up"], base, inputs, own)
+    assert divergence(model, experts["up"], base, mine, kind="fp32") == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
