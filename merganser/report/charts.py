@@ -73,7 +73,8 @@ def scale_panel(
 
     def draw(axes: "Axes", tips: dict[str, list[str]]) -> None:
         low, high = span[0] * 100, span[1] * 100
-        axes.set_ylim(low - 0.05 * (high - low), high + 0.12 * (high - low))
+        room = max(high - low, 1)  # where all is alike there is no span
+        axes.set_ylim(low - 0.05 * room, high + 0.12 * room)
         axes.set_xlabel("scale")
         axes.locator_params(axis="x", nbins=6)
         axes.locator_params(axis="y", nbins=5)
