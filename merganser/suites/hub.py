@@ -56,6 +56,8 @@ TEXTS = {
 def located(suite: str, data: Path | None) -> Path:
     """Return a folder of tasks: ``data``, or the suite's own sets from ``data`` in the Hub's layout, or from the Hub."""
     first = next(iter(TEXTS.values())).dataset if suite == "text" else facts()["CIFAR10"]["dataset"]
+    if data is not None and any(data.glob("*/task.toml")):  # a task may well be called as its data set
+        return data
     if data is not None and not any((data / name).is_dir() for name in (first, first.partition("/")[2])):
         return data
     return hub_tasks(suite, data)

@@ -126,3 +126,11 @@ def test_the_vision_tasks_stay_where_they_lie(tmp_path, monkeypatch):
     assert len(inputs) == 12
     prepared = vision.CONV.of(folder)
     assert prepared.network == "conv"
+
+
+def test_a_folder_of_tasks_is_one_whatever_its_tasks_are_called(tmp_path):
+    """`cifar10` is a task here and a data set on the Hub."""
+    for name in ("cifar10", "mnist"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "task.toml").write_text(f'name = "{name}"\nkind = "image"\nclasses = ["x", "y"]\n')
+    assert located("vision", tmp_path) == tmp_path
