@@ -309,7 +309,10 @@ def check_suite(
 
         with found.gather("--data"):
             data = located(ON_THE_HUB[name], Path(data))
-    if data is not None and suite is not None:
+    if data is not None and suite is not None and not hasattr(suite, "SUITE"):
+        with found.gather("--data"):
+            raise DataError(f"suite '{name}' makes its own data: leave out --data")
+    elif data is not None and suite is not None:
         with found.gather("--data"):
             written = suite.SUITE.of(data).sentences
             experts = list(suite.SUITE.tasks(data))

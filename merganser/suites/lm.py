@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..adapt import adapt, how_text
 from ..card import write_json
+from ..errors import DataError
 from ..evaluate.language import answered, divergence
 from ..evaluate.run import Outcome, Scores
 from ..evaluate.table import Row, overall_gain, table, write_rows
@@ -39,7 +40,7 @@ SIZES = {"train": 4000, "val": 200, "test": 600, "prompts": 1500, "english": 300
 
 
 def bench(
-    _data: str | Path | None,
+    data: str | Path | None,
     to: str | Path,
     *,
     how: Sequence[str] | None = None,
@@ -49,8 +50,14 @@ def bench(
     plans: Sequence[Any] = (PLAN, TUNE),
     progress: Progress = silent,
 ) -> Path:
-    """Make base and experts (once), merge them by every sentence, and return the report (or the experts' folder)."""
+    """Make base and experts (once), merge them by every sentence, and return the report (or the experts' folder).
+
+    Raises DataError if data is given: the suite makes its own.
+    """
     from ..report.page import report
+
+    if data is not None:
+        raise DataError("suite 'lm' makes its own data: leave out --data")
 
     sentences = [parse(text) for text in how or SENTENCES]
     cache = cache_folder() / "lm"

@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from merganser.check import check_suite
+from merganser.errors import DataError
 from merganser.suites import gpt, lm
 from merganser.suites.skills import SKILLS, copies, pairs, passages
 
@@ -30,6 +32,14 @@ def test_texts_are_of_characters_that_the_model_knows():
     assert len(texts) > 3000
     assert not set("".join(texts)) - set(gpt.CHARACTERS)
     assert max(map(len, texts)) <= gpt.SHAPE["n_positions"]
+
+
+def test_it_takes_no_data(tmp_path):
+    with pytest.raises(DataError, match="makes its own data"):
+        lm.bench(tmp_path, tmp_path / "out")
+    found = check_suite("lm", tmp_path, None, tmp_path / "out")
+    assert not found.ok
+    assert check_suite("lm", None, None, tmp_path / "out").ok
 
 
 def test_a_small_run_goes_from_pretraining_to_the_report(tmp_path, monkeypatch):
