@@ -47,26 +47,53 @@ class Study:
 
     question: str
     axis: str
-    groups: Callable[[Recipe], Sequence[Group]]
+    groups: Callable[[Recipe, "Words"], Sequence[Group]]
     mergers: Sequence[str] = MERGERS
 
 
-def _knob(name: str, values: Sequence[Any], more: str = "") -> Callable[[Recipe], Sequence[Group]]:
+@dataclass(frozen=True)
+class Words:
+    """Writes ``ri`` as the suite itself does, but for the knobs that are given."""
+
+    own: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, **knobs: Any) -> str:
+        told = ", ".join(f"{name}={value!r}" for name, value in {**self.own, **knobs}.items())
+        return f"ri({told})" if told else "ri"
+
+
+def words_of(suite: Suite) -> Words:
+    """Return how a suite writes ``ri``: as in the first of its sentences that adapts."""
+    adapted = [step for text in suite.sentences for step in parse(text).adapt if step.name == "ri"]
+    return Words(adapted[0].knobs if adapted else {})
+
+
+def _knob(name: str, values: Sequence[Any]) -> Callable[[Recipe, Words], Sequence[Group]]:
     """Return one group, the suite's own recipe, with ``ri`` at every value of one knob."""
-    return lambda _recipe: [Group("all", {str(v): f"ri({name}={v!r}{more})" for v in values})]
+    return lambda _recipe, ri: [Group("all", {str(v): ri(**{name: v}) for v in values})]
 
 
-def _amounts(recipe: Recipe) -> Sequence[Group]:
+def _rates(_recipe: Recipe, ri: Words) -> Sequence[Group]:
+    usual = ri.own.get("lr", 5e-5)
+    return [Group("all", {f"{by * usual:g}": ri(lr=float(f"{by * usual:g}")) for by in (0.4, 1, 2, 10)})]
+
+
+def _ranks(_recipe: Recipe, ri: Words) -> Sequence[Group]:
+    lr = 10 * ri.own.get("lr", 5e-5)  # as is usual for LoRA
+    return [Group("all", {"all": ri(), **{f"rank {r}": ri(rank=r, lr=lr) for r in (16, 64)}})]
+
+
+def _amounts(recipe: Recipe, ri: Words) -> Sequence[Group]:
     most = recipe.inputs.limit if recipe.inputs else None
     sizes = [n for n in (250, 1000, 4000, 12000) if most is None or n <= most]
-    return [Group(f"{n}", {f"{n}": "ri"}, _with_inputs(limit=n)) for n in sizes]
+    return [Group(f"{n}", {f"{n}": ri()}, _with_inputs(limit=n)) for n in sizes]
 
 
-def _sources(recipe: Recipe) -> Sequence[Group]:
+def _sources(recipe: Recipe, ri: Words) -> Sequence[Group]:
     files = recipe.inputs.files if recipe.inputs else []
     drawn = ["tokens:12000"] if recipe.model.encoder == "text" else ["noise:6000", "dead-leaves:6000", "fractals:6000"]
-    single = [Group(_stem(f), {_stem(f): "ri"}, _with_inputs(files=[f])) for f in [*files, *map(Path, drawn)]]
-    return [*single, Group("all", {"all files": "ri"})]
+    single = [Group(_stem(f), {_stem(f): ri()}, _with_inputs(files=[f])) for f in [*files, *map(Path, drawn)]]
+    return [*single, Group("all", {"all files": ri()})]
 
 
 def _stem(path: Path) -> str:
@@ -82,10 +109,10 @@ def _with_inputs(**settings: Any) -> Change:
     return change
 
 
-def _counts(recipe: Recipe) -> Sequence[Group]:
+def _counts(recipe: Recipe, ri: Words) -> Sequence[Group]:
     names = list(recipe.tasks)
     counts = sorted({2, len(names) // 2, 3 * len(names) // 4, len(names)})
-    return [Group(f"{n}-tasks", {f"{n}": "ri"}, _first(n)) for n in counts if n >= 2]
+    return [Group(f"{n}-tasks", {f"{n}": ri()}, _first(n)) for n in counts if n >= 2]
 
 
 def _first(n: int) -> Change:
@@ -108,24 +135,20 @@ STUDIES: dict[str, Study] = {
         _knob("distance", ("kl", "reverse", "js", "ce", "mse", "cosine")),
     ),
     "alpha": Study("How much weight for the other heads?", "alpha", _knob("alpha", (0.3, 1.0, 3.0, 10.0))),
-    "lr": Study("How large a learning rate?", "lr", _knob("lr", (2e-5, 5e-5, 1e-4, 5e-4))),
+    "lr": Study("How large a learning rate?", "lr", _rates),
     "form": Study(
         "What if the other heads are not known, or not all asked?",
         "form",
-        lambda _recipe: [
-            Group("all", {"heads": "ri", "1 head a step": "ri(sample=1)", "rows": "ri(form='rows')",
-                          "features": "ri(form='features')"})
+        lambda _recipe, ri: [
+            Group("all", {"heads": ri(), "1 head a step": ri(sample=1), "rows": ri(form="rows"),
+                          "features": ri(form="features")})
         ],
     ),
-    "part": Study(
-        "Can a low rank do?",
-        "trained",
-        lambda _recipe: [Group("all", {"all": "ri", **{f"rank {r}": f"ri(rank={r}, lr=0.0005)" for r in (16, 64)}})],
-    ),
+    "part": Study("Can a low rank do?", "trained", _ranks),
     "mergers": Study(
         "Does it help every merger?",
         "mergers",
-        lambda _recipe: [Group("all", {"ri": "ri"})],
+        lambda _recipe, ri: [Group("all", {"ri": ri()})],
         ("average", "task_arithmetic", "ties", "dare(keep=0.2) | ties", "knots | ties", "consensus", "magmax", "pcb",
          "breadcrumbs | task_arithmetic", "tsv", "iso_c", "iso_cts", "dc"),
     ),
@@ -195,7 +218,7 @@ def bench(
         raise DataError(f"--how '{adapting[0]}': a study adapts by itself; give what comes after, such as ties")
     folder = Path(to)
     recipe = recipe_for(suite, data, mergers, progress=progress)
-    groups = asked.groups(recipe)
+    groups = asked.groups(recipe, words_of(suite))
     found: dict[tuple[str, str], _Found] = {}
     seconds: dict[str, list[float]] = {}
     experts: dict[str, list[float]] = {}

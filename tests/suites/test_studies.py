@@ -12,8 +12,8 @@ from merganser.evaluate.run import Outcome, Scores
 from merganser.evaluate.table import Row, rows_in
 from merganser.recipe import InputsPart, ModelPart, Recipe
 from merganser.sentence import parse
-from merganser.suites import studies, text
-from merganser.suites.studies import STUDIES, Group, Study, _Found
+from merganser.suites import studies, text, vision
+from merganser.suites.studies import STUDIES, Group, Study, Words, _Found, words_of
 from merganser.suites.suite import shortened
 
 
@@ -30,7 +30,7 @@ def recipe(encoder: str = "text") -> Recipe:
 @pytest.mark.parametrize("encoder", ["text", "merganser.models.toy:conv_net"])
 def test_every_study_asks_what_can_be_run(name, encoder):
     asked = STUDIES[name]
-    groups = asked.groups(recipe(encoder))
+    groups = asked.groups(recipe(encoder), Words({"lr": 0.001}))
     labels = [label for group in groups for label in group.adapts]
     assert len(labels) == len(set(labels)) >= 1
     assert len({group.name for group in groups}) == len(groups)
@@ -41,6 +41,15 @@ def test_every_study_asks_what_can_be_run(name, encoder):
             for merger in asked.mergers:
                 for step in parse(f"{adapt} | {merger}").adapt:
                     step.hook("check")(**step.knobs)
+
+
+def test_ri_is_written_as_the_suite_does():
+    assert words_of(text.SUITE)() == "ri"
+    conv = words_of(vision.CONV)
+    assert conv() == "ri(steps=300, lr=0.0005, batch=64)"
+    assert conv(steps=50) == "ri(steps=50, lr=0.0005, batch=64)"
+    rates = STUDIES["lr"].groups(recipe(), conv)[0].adapts
+    assert list(rates) == ["0.0002", "0.0005", "0.001", "0.005"]
 
 
 def rows(wrong: int, adapt: str | None = None) -> Row:
@@ -77,7 +86,9 @@ def test_a_small_study_runs_and_is_read_back(tmp_path, monkeypatch):
     monkeypatch.setenv("MERGANSER_CACHE", str(tmp_path / "cache"))
     adapts = {"short": "ri(steps=2, batch=8)", "longer": "ri(steps=3, batch=8)"}
     groups = [Group("few", adapts, studies._with_inputs(limit=40))]
-    monkeypatch.setitem(STUDIES, "trial", Study("How many?", "inputs", lambda _recipe: groups, ("task_arithmetic",)))
+    monkeypatch.setitem(
+        STUDIES, "trial", Study("How many?", "inputs", lambda _recipe, _ri: groups, ("task_arithmetic",))
+    )
     short = shortened(text.SUITE, steps=4, scales=[1.0])
     data, out = piece(tmp_path / "data"), tmp_path / "out"
     how = ["average", "task_arithmetic | scale(by=0.3)"]
