@@ -168,24 +168,25 @@ def peers(told: Told) -> str:
 
 
 def study(told: Told) -> str:
-    """Return a line for each variation: the score without, with adapting, and the gain with its interval."""
-    lines = []
-    for one in told["variations"]:
-        cells = [one["mergers"][merger] for merger in told["mergers"]]
-        lines.append([
-            one["label"],
-            *(
-                f"{points(c['without'])} -> {points(c['with'])}, {gain_of(c['gain'])}"
-                + ("" if c["recovered"] is None else f", {100 * c['recovered']:.0f} %")
-                for c in cells
-            ),
-            f"{one['seconds']:.0f}",
-        ])  # fmt: skip
-    head = [told["axis"], *(f"`{merger}`" for merger in told["mergers"]), "seconds an expert"]
-    about = (
-        f"Experts {points(told['variations'][-1]['experts'])}; seeds: {told['seeds']}. Without -> with adapting, gain, "
-    )
-    return f"{about}share of the loss recovered; scales chosen on validation.\n\n{table(head, lines)}"
+    """Return a line for each variation, or each merger where there is but one: without, with adapting, the gain."""
+    variations, mergers = told["variations"], told["mergers"]
+    about = f"Experts {points(variations[-1]['experts'])}; seeds: {told['seeds']}. Without -> with adapting, gain, "
+    about += "share of the loss recovered; scales chosen on validation."
+    if len(variations) == 1:
+        one = variations[0]
+        lines = [[f"`{m}`", study_cell(one["mergers"][m])] for m in mergers]
+        head = ["merger", f"`{one['adapt']}`"]
+        return f"{about}\n\n{table(head, lines)}"
+    lines = [
+        [one["label"], *(study_cell(one["mergers"][m]) for m in mergers), f"{one['seconds']:.0f}"] for one in variations
+    ]
+    head = [told["axis"], *(f"`{merger}`" for merger in mergers), "seconds an expert"]
+    return f"{about}\n\n{table(head, lines)}"
+
+
+def study_cell(cell: Told) -> str:
+    share = "" if cell["recovered"] is None else f", {100 * cell['recovered']:.0f} %"
+    return f"{points(cell['without'])} -> {points(cell['with'])}, {gain_of(cell['gain'])}{share}"
 
 
 def rows(told: Told) -> str:

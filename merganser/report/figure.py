@@ -52,30 +52,43 @@ def study_figure(told: Mapping[str, Any]) -> str:
     Bars behind them are 95 % intervals of the gain, paired, as shares of the same loss.
     """
     mpl, figure = _matplotlib()
-    labels = [one["label"] for one in told["variations"]]
+    ticks, lines = _by_merger(told) if len(told["variations"]) > 1 else _of_one(told)
     with mpl.rc_context(STYLE):
         picture = figure(figsize=(6.4, 3.2), layout="constrained")
         axes = picture.subplots()
-        for k, merger in enumerate(told["mergers"]):
-            cells = [one["mergers"][merger] for one in told["variations"]]
-            lost = [one["experts"] - cell["without"] for one, cell in zip(told["variations"], cells, strict=True)]
-            at = [x + 0.08 * (k - (len(told["mergers"]) - 1) / 2) for x in range(len(labels))]
-            share = {
-                name: [
-                    100 * c["gain"][name] / one if one > 0 else float("nan") for c, one in zip(cells, lost, strict=True)
-                ]
-                for name in ("score", "low", "high")
-            }
-            colour = f"C{k % 10}"
-            axes.vlines(at, share["low"], share["high"], color=colour, linewidth=4, alpha=0.3)
-            axes.plot(at, share["score"], "o-", color=colour, markersize=4, linewidth=1, label=merger)
+        for k, (name, cells) in enumerate(lines.items()):
+            at = [x + 0.08 * (k - (len(lines) - 1) / 2) for x in range(len(ticks))]
+            low, middle, high = ([cell[part] for cell in cells] for part in ("low", "score", "high"))
+            axes.vlines(at, low, high, color=f"C{k % 10}", linewidth=4, alpha=0.3)
+            style = "o-" if len(lines) > 1 else "o"
+            axes.plot(at, middle, style, color=f"C{k % 10}", markersize=4, linewidth=1, label=name)
         axes.axhline(0, color="#444444", linewidth=0.8, linestyle=":")
-        axes.set_xticks(range(len(labels)), labels)
+        axes.set_xticks(range(len(ticks)), ticks)
         axes.set_xlabel(told["axis"])
         axes.set_ylabel("recovered, % of what merging loses")
-        axes.legend(frameon=False, fontsize=8, ncols=2)
+        if len(lines) > 1:
+            picture.legend(loc="outside upper center", frameon=False, fontsize=8, ncols=4)
         axes.spines[["top", "right"]].set_visible(False)
         return _svg(picture)
+
+
+def _by_merger(told: Mapping[str, Any]) -> tuple[list[str], dict[str, list[dict[str, float]]]]:
+    """Return the variations' labels and a line for each merger over them."""
+    lines = {m: [_share(one, m) for one in told["variations"]] for m in told["mergers"]}
+    return [one["label"] for one in told["variations"]], lines
+
+
+def _of_one(told: Mapping[str, Any]) -> tuple[list[str], dict[str, list[dict[str, float]]]]:
+    """Return the mergers and one line over them: there is but one variation."""
+    one = told["variations"][0]
+    return list(told["mergers"]), {one["label"]: [_share(one, m) for m in told["mergers"]]}
+
+
+def _share(one: Mapping[str, Any], merger: str) -> dict[str, float]:
+    """Return the gain and its interval in percent of what the merger loses."""
+    cell = one["mergers"][merger]
+    lost = one["experts"] - cell["without"]
+    return {part: 100 * cell["gain"][part] / lost if lost > 0 else float("nan") for part in ("low", "score", "high")}
 
 
 def _matplotlib() -> tuple[Any, Any]:

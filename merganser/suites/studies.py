@@ -147,7 +147,7 @@ STUDIES: dict[str, Study] = {
     "part": Study("Can a low rank do?", "trained", _ranks),
     "mergers": Study(
         "Does it help every merger?",
-        "mergers",
+        "merger",
         lambda _recipe, ri: [Group("all", {"ri": ri()})],
         ("average", "task_arithmetic", "ties", "dare(keep=0.2) | ties", "knots | ties", "consensus", "magmax", "pcb",
          "breadcrumbs | task_arithmetic", "tsv", "iso_c", "iso_cts", "dc"),
