@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..models.encoder import bound, precision
 from ..models.inputs import Prompts, Subset, take
+from ..models.statistics import is_statistic
 from ..progress import Tick
 from ..train import Checkpoint, Loss, Order, Plan, train, write_log
 from .moving import Moving
@@ -102,6 +103,13 @@ class Halves:
 def moved(expert: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> list[str]:
     """Return the names of the tensors that fine-tuning moved."""
     return [n for n in expert if n in base and expert[n].is_floating_point() and not torch.equal(expert[n], base[n])]
+
+
+def trainable(expert: Mapping[str, Tensor], base: Mapping[str, Tensor], encoder: nn.Module) -> list[str]:
+    """Return the names of the encoder's tensors that fine-tuning moved, but for batch norms' running statistics."""
+    prefix = getattr(encoder, "prefix", "")
+    known = {name.removeprefix(prefix) for name in bound(encoder, expert)}
+    return [name for name in moved(expert, base) if name in known and not is_statistic(name)]
 
 
 def targets_told(tick: Tick) -> Callable[[int, int], None]:

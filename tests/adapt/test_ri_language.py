@@ -236,6 +236,8 @@ def test_what_cannot_be_adapted_is_told(lm, tmp_path):
         model.prepare({"up": ["a"], "down": ["a b"]})
     with pytest.raises(HeadError, match="'third' has no prompts"):
         merganser.adapt(base, {"third": experts["up"]}, encoder=model, heads={}, inputs=inputs)
+    with pytest.raises(ValueError, match="about heads"):
+        ri(experts["up"], base, {}, inputs, own="up", encoder=model, temperature=2.0)
     with pytest.raises(HeadError, match="no head of that name"):
         merganser.adapt(base, experts, encoder=model, heads={}, inputs=inputs, how="distac")
     with pytest.raises(RecipeError, match="has no option 'lenght'"):

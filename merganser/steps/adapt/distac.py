@@ -4,17 +4,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...errors import HeadError
-from ...models.encoder import bound, features
+from ...models.encoder import features
 from ...models.heads import AnyHead
 from ...models.inputs import Subset
-from ...models.statistics import is_statistic
 from ...progress import Tick
 from ...train import Checkpoint, Plan
 from ..moving import Moving
-from ..student import Split, Student, moved, targets_told
+from ..student import Split, Student, targets_told, trainable
 from ..twins import distance
 
 
@@ -49,8 +49,7 @@ def distac(
         L(theta) = E_x [ t r KL(softmax(h_own(f(x; expert)) / t) || softmax(h_own(f(x; theta)) / r)) ]
                    + pull |theta - s|^2,          t = temperature,  r = t * sharper
 
-    by           length of the start beside the expert's. The paper shortens the experts whose task vectors are much longer
-                 than the others', to about their length; give those alone, or tune it over 0.1 .. 1
+    by           length of the start beside the expert's, for task vectors longer than the others'; tune it over 0.1 .. 1
     temperature  of the teacher's outputs
     sharper      above 1 the student's own outputs, without a temperature, become more confident than the teacher's: for
                  experts trained with soft or smoothed labels
@@ -58,11 +57,11 @@ def distac(
 
     Nothing is asked of the other heads (that is `ri`'s part; ``distac | ri`` is a sentence).
     Only tensors that fine-tuning moved are trained; batch norms keep the expert's running statistics. As in `ri`, a
-    share ``held_out`` of the inputs tells when to stop. Defaults are those of the published code but ``by``, which it
-    sets by hand for each expert.
+    share ``held_out`` of the inputs tells when to stop. Defaults are those of the published code, but ``by`` is ours
+    (its example has 0.1), and whether its pull is a sum, as here, or a mean we could not confirm.
 
     Raises HeadError if ``own`` is not among the heads; ValueError at a knob out of range.
-    Source: DisTaC: Conditioning Task Vectors via Distillation for Robust Model Merging (ICLR 2026), section 4.
+    Source: DisTaC: Conditioning Task Vectors via Distillation for Robust Model Merging (ICLR 2026).
     """
     check(
         by=by, temperature=temperature, sharper=sharper, pull=pull, steps=steps, lr=lr, batch=batch, held_out=held_out
@@ -73,10 +72,8 @@ def distac(
     at, head = split.everything, heads[own]
     targets = features(encoder, expert, Subset(inputs, at), kind=_precision, progress=targets_told(_tick))
     row = at.new_full((len(inputs),), -1)
-    row[at] = at.new_tensor(range(len(at)))
-    prefix = getattr(encoder, "prefix", "")
-    known = {n.removeprefix(prefix) for n in bound(encoder, expert)}
-    names = [n for n in moved(expert, base) if n in known and not is_statistic(n)]
+    row[at] = torch.arange(len(at))
+    names = trainable(expert, base, encoder)
     start = {n: base[n].float() + by * (expert[n].float() - base[n].float()) for n in names}
     moving = Moving(start)
     student = Student(expert, encoder, inputs, moving, _precision)

@@ -7,16 +7,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...errors import HeadError
-from ...models.encoder import bound, features
+from ...models.encoder import features
 from ...models.heads import AnyHead
 from ...models.inputs import Prompts, Subset
-from ...models.statistics import is_statistic
 from ...progress import Tick
 from ...train import Checkpoint, Plan
 from ...weights.adapter import Factors
 from ...weights.own_rank import OwnRank, own_rank
 from ..moving import Low, Moving, chosen, low_rank
-from ..student import Halves, Split, Student, moved, targets_told
+from ..student import Halves, Split, Student, targets_told, trainable
 from ..tokens import NextTokens, TopTokens, top_tokens
 from ..twins import DISTANCES, FORMS, Twins, overlapping
 
@@ -75,8 +74,8 @@ def ri(
 
     A language model (``inputs`` are `Prompts`, ``encoder`` gives logits of next tokens) has no heads: it keeps the
     expert's next tokens on the expert's own prompts and the base's on generic text and on other experts' prompts, at
-    every place; half of a batch is of the own kind (see `steps.tokens`). ``temperature``, ``form``, ``sample`` and
-    ``overlap`` do not apply.
+    every place; half of a batch is of the own kind (see `steps.tokens`). ``temperature``, ``form`` and ``sample`` are
+    refused, ``overlap`` does not apply.
 
     The targets are computed once: a step costs one forward and one backward of the student. A share ``held_out`` of
     the inputs (at most 256) is kept to tell when it has stopped helping: training ends after ``patience`` checks without
@@ -98,6 +97,8 @@ def ri(
     split: Any
     terms: Any
     if isinstance(inputs, Prompts):
+        if (temperature, form, sample) != (1, "heads", 0):
+            raise ValueError("temperature, form and sample are about heads, which a language model has not")
         split = Halves(inputs, own, steps, batch, held_out, seed)
         terms = _spoken(expert, base, inputs, own, encoder, top, _base_features, _precision, _tick, how)
     else:
@@ -108,8 +109,7 @@ def ri(
         base_features = _base_features or (lambda at: features(encoder, base, Subset(inputs, at), kind=_precision))
         mine = features(encoder, expert, Subset(inputs, at), kind=_precision, progress=targets_told(_tick))
         terms.remember(at, len(inputs), base_features(at), mine)
-    known = {n.removeprefix(getattr(encoder, "prefix", "")) for n in bound(encoder, expert)}
-    names = chosen([n for n in moved(expert, base) if n in known and not is_statistic(n)], only)
+    names = chosen(trainable(expert, base, encoder), only)
     own_factors = own_rank(expert, names) if rank == "own" else None
     moving = _moving(expert, names, own_factors, rank, seed)
     moves = {n: expert[n] - base[n] for n in moving.names} if pull else {}
