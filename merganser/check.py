@@ -354,6 +354,7 @@ def _sentence(text: str, recipe: Any) -> None:
 
 def _tasks(found: Findings, recipe: Any) -> None:
     from .evaluate.task import read_task
+    from .models.device import device
     from .prepare import check_statistics, open_domains
 
     for name in recipe.experts:
@@ -370,6 +371,8 @@ def _tasks(found: Findings, recipe: Any) -> None:
                     )
     with found.gather("domains"):
         open_domains(recipe)
+    with found.gather("device"):
+        device()
     with found.gather("model.statistics"):
         check_statistics(recipe)
     for file in recipe.inputs.files if recipe.inputs else ():

@@ -232,7 +232,7 @@ def _take_up(
     with torch.no_grad():
         for name, tensor in params.items():
             tensor.copy_(tensors[f"now/{name}"])
-            optimiser.state[tensor] = {k: tensors[f"{k}/{name}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+            optimiser.state[tensor] = {k: tensors[f"{k}/{name}"].to(tensor) for k in ("step", "exp_avg", "exp_avg_sq")}
         for name, tensor in buffers.items():
             tensor.copy_(tensors[f"buffer/{name}"])
     best = {n: tensors[f"best/{n}"] for n in params if f"best/{n}" in tensors}

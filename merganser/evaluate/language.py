@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..models.causal import CausalLM, places
-from ..models.encoder import batches, bound, precision
+from ..models.device import there
+from ..models.encoder import batches, forward, loaded
 from ..models.inputs import Texts
 
 
@@ -52,15 +53,14 @@ def answered(
         ids.append(torch.tensor([*one, *more]))
         answers.append(len(more))
     texts = Texts(ids, model.tokenizer.pad_token_id or 0)
-    tensors = bound(model, weights)
+    tensors = loaded(model, weights)
     exact, nats = np.zeros(len(ids), bool), np.zeros(len(ids))
     for index in batches(texts, batch):
         given = texts.take(index)
-        with precision(kind):
-            logits = torch.func.functional_call(model, tensors, (given,)).float()
+        logits = forward(model, tensors, given, kind)
         for row, i in enumerate(index.tolist()):
             n, length = answers[i], len(ids[i])
-            said, wanted = logits[row, length - n - 1 : length - 1], ids[i][length - n :]
+            said, wanted = logits[row, length - n - 1 : length - 1].cpu(), ids[i][length - n :]
             exact[i] = bool((said.argmax(dim=1) == wanted).all())
             nats[i] = -said.log_softmax(dim=1).gather(1, wanted[:, None]).mean().item()
     return Answered(exact, nats)
@@ -77,12 +77,11 @@ def divergence(
     kind: str = "auto",
 ) -> float:
     """Return KL(next token by ``target`` || by ``weights``), the mean over every place of ``texts``, in nats."""
-    both = [bound(model, one) for one in (target, weights)]
+    both = [loaded(model, one) for one in (target, weights)]
     total, count = 0.0, 0
     for index in batches(texts, batch):
-        given = texts.take(index)
-        with precision(kind):
-            logits = [torch.func.functional_call(model, tensors, (given,)).float() for tensors in both]
+        given = there(texts.take(index))
+        logits = [forward(model, tensors, given, kind) for tensors in both]
         log_p, log_q = (places(one, given["attention_mask"]).log_softmax(dim=-1) for one in logits)
         total += (log_p.exp() * (log_p - log_q)).sum().item()
         count += len(log_p)

@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import DataError, did_you_mean
-from ..models.encoder import batches, bound, precision
+from ..models.device import home
+from ..models.encoder import batches, forward, loaded
 from ..models.heads import AnyHead
 from ..models.inputs import take
 from ..progress import Progress, silent
@@ -48,21 +49,20 @@ def fisher(
     _check(inputs, batch)
     if per not in ("batch", "example"):
         raise ValueError(f"per must be one of batch, example, got {per!r}")
-    fixed = bound(encoder, weights)
+    fixed = loaded(encoder, weights)
     free = {n: fixed[n].detach().float().requires_grad_() for n in _parameters(encoder) if n in fixed}
     sums = {n: torch.zeros_like(t, requires_grad=False) for n, t in free.items()}
     with _evaluating(encoder), torch.enable_grad(), progress("measure Fisher information", len(inputs)) as tick:
         for at in batches(inputs, batch if per == "batch" else 1):
-            with precision(kind):
-                x = torch.func.functional_call(encoder, fixed | free, (take(inputs, at),))
-            log_p = head(x.float()).float().log_softmax(dim=1)
+            x = forward(encoder, fixed | free, take(inputs, at), kind).cpu()
+            log_p = head(x).float().log_softmax(dim=1)
             for value, share in _scores(log_p, per):
                 grads = torch.autograd.grad(value, list(free.values()), retain_graph=True, allow_unused=True)
                 for total, grad in zip(sums.values(), grads, strict=True):
                     if grad is not None:
                         total.addcmul_(grad, grad, value=share / len(inputs))
             tick(len(at))
-    return {name: sums[own] for name, own in _named(encoder, weights).items() if own in sums}
+    return home({name: sums[own] for name, own in _named(encoder, weights).items() if own in sums})
 
 
 @torch.no_grad()
@@ -85,7 +85,7 @@ def gram(
     Source: Jin et al., Dataless Knowledge Fusion by Merging Weights of Language Models (arXiv 2212.09849).
     """
     _check(inputs, batch)
-    fixed = bound(encoder, weights)
+    fixed = loaded(encoder, weights)
     named = _named(encoder, weights)
     sums: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
@@ -104,15 +104,14 @@ def gram(
     try:
         with _evaluating(encoder), progress("measure Gram matrices", len(inputs)) as tick:
             for at in batches(inputs, batch):
-                with precision(kind):
-                    torch.func.functional_call(encoder, fixed, (take(inputs, at),))
+                forward(encoder, fixed, take(inputs, at), kind)
                 tick(len(at))
     finally:
         for one in hooks:
             one.remove()
     if not sums:
         raise DataError("no torch.nn.Linear with weights of its own ran in the encoder: there is nothing to measure")
-    return {name: sums[own] / rows[own] for name, own in named.items() if own in sums}
+    return home({name: sums[own] / rows[own] for name, own in named.items() if own in sums})
 
 
 def measure_recipe(

@@ -4,4 +4,5 @@ inputs.py   what an encoder reads             heads.py    from features to logit
 encoder.py  calling an encoder with weights   open.py     an encoder by its kind
 hf.py       transformers' encoders            split.py    an expert's checkpoint into encoder and head
 pixels.py   pictures into pixels              statistics.py  batch norm after a merge
+device.py   where networks run
 """

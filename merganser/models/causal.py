@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import DataError, WeightsError
 from ..weights.open import open_weights
-from .encoder import bound, precision
+from .device import there
+from .encoder import forward, loaded
 from .hf import Wrapped, _load, _loading, _reads, _transformers
 from .inputs import Prompts, Texts
 
@@ -54,17 +55,16 @@ class CausalLM(Wrapped):
         there is no padding to look at.
         """
         ids = [self.tokenizer(text)["input_ids"] for text in prompts]
-        tensors, end = bound(self, weights), self.tokenizer.eos_token_id
+        tensors, end = loaded(self, weights), self.tokenizer.eos_token_id
         said: dict[int, list[int]] = {}
         for length in sorted({len(one) for one in ids}):
             alike = [k for k, one in enumerate(ids) if len(one) == length]
             for some in (alike[k : k + batch] for k in range(0, len(alike), batch)):
-                rows, going = torch.tensor([ids[k] for k in some]), torch.ones(len(some), dtype=torch.bool)
+                rows = there(torch.tensor([ids[k] for k in some]))
+                going = torch.ones_like(rows[:, 0], dtype=torch.bool)
                 for _ in range(min(most, self.length - length)):
-                    with precision(kind):
-                        given = {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
-                        logits = torch.func.functional_call(self, tensors, (given,))
-                    chosen = logits[:, -1].float().argmax(dim=1)
+                    given = {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
+                    chosen = forward(self, tensors, given, kind)[:, -1].argmax(dim=1)
                     rows = torch.cat([rows, chosen[:, None]], dim=1)
                     going &= chosen != (-1 if end is None else end)
                     if not going.any():

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .device import device, placed, there
 from .inputs import take
 
 Progress = Callable[[int, int], None]
@@ -25,19 +26,41 @@ def bound(encoder: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor
     return {prefix + name: weights[name] for name in weights if prefix + name in known}
 
 
+def loaded(encoder: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return `bound` weights where the network runs, and put ``encoder`` there too."""
+    placed(encoder)
+    return there(bound(encoder, weights))
+
+
+def forward(encoder: nn.Module, tensors: Mapping[str, Tensor], batch: Any, kind: str = "auto") -> Float[Tensor, "..."]:
+    """Return what ``encoder`` gives for ``batch`` with `loaded` tensors, in fp32, where it runs.
+
+    The encoder's own tensors are not touched.
+    """
+    with precision(kind):
+        return torch.func.functional_call(encoder, dict(tensors), (there(batch),)).float()
+
+
 def call(encoder: nn.Module, weights: Mapping[str, Tensor], batch: Any) -> Float[Tensor, "batch width"]:
-    """Return the features of ``batch`` by ``encoder`` with ``weights``, without touching the encoder's own tensors."""
-    return torch.func.functional_call(encoder, bound(encoder, weights), (batch,))
+    """Return the features of ``batch`` by ``encoder`` with ``weights``, in fp32."""
+    return forward(encoder, loaded(encoder, weights), batch, "fp32").cpu()
 
 
 def precision(kind: str = "auto") -> AbstractContextManager[Any]:
-    """Return the autocast context for ``kind``: "fp32", "bf16", or "auto" (bf16 where the CPU multiplies it natively).
+    """Return the autocast context for ``kind``: "fp32", "bf16", or "auto" (bf16 where it is multiplied natively).
 
     Master weights stay in fp32 whatever the kind.
     """
+    where = device().type
     if kind == "auto":
-        kind = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
-    return torch.autocast("cpu", dtype=torch.bfloat16) if kind == "bf16" else nullcontext()
+        kind = "bf16" if _has_bf16(where) else "fp32"
+    return torch.autocast(where, dtype=torch.bfloat16) if kind == "bf16" else nullcontext()
+
+
+def _has_bf16(where: str) -> bool:
+    if where == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return where == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def batches(inputs: Any, size: int) -> list[Tensor]:
@@ -60,12 +83,11 @@ def features(
     """Return the features of all ``inputs``, in their order, in fp32."""
     was_training = encoder.training
     encoder.eval()
-    tensors = bound(encoder, weights)
+    tensors = loaded(encoder, weights)
     out: Tensor | None = None
     done = 0
     for index in batches(inputs, batch):
-        with precision(kind):
-            x = torch.func.functional_call(encoder, tensors, (take(inputs, index),)).float()
+        x = forward(encoder, tensors, take(inputs, index), kind).cpu()
         if out is None:
             out = torch.empty(len(inputs), x.shape[1])
         out[index] = x

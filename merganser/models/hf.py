@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import DataError, HeadError, MissingExtra, WeightsError, did_you_mean
 from ..weights.open import Weights, open_weights, shape_of
+from .device import device
 from .encoder import features
 from .heads import Head, prompted_head
 from .inputs import Images, Texts
@@ -237,7 +238,7 @@ def _load(kind: Any, config: Any, weights: Weights, folder: Path, pooler: bool) 
         raise WeightsError(
             f"{folder}: the checkpoint lacks '{lacks[0]}' ({len(lacks)} tensors) that its config.json asks for"
         )
-    if not torch.cuda.is_available():
+    if device().type == "cpu":
         # On CPUs the fused kernel's backward pass takes half of a training step with short inputs (torch 2.13).
         model.set_attn_implementation("eager")
     return model.eval(), names

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .encoder import batches, bound, precision
+from .encoder import batches, forward, loaded
 from .inputs import take
 
 STATISTICS = ("running_mean", "running_var")
@@ -68,7 +68,7 @@ def reset_statistics(
         return dict(weights)
     if len(inputs) < 2:
         raise ValueError(f"batch statistics need at least two inputs, got {len(inputs)}")
-    tensors = bound(encoder, weights)
+    tensors = loaded(encoder, weights)
     for name, norm in names.items():
         tensors[f"{name}.running_mean"] = torch.zeros_like(norm.running_mean)
         tensors[f"{name}.running_var"] = torch.ones_like(norm.running_var)
@@ -77,8 +77,7 @@ def reset_statistics(
     parts = batches(inputs, batch)
     with moving(encoder, momentum=None):
         for at in [part for part in parts if len(part) == batch] or parts[:1]:
-            with precision(kind):
-                torch.func.functional_call(encoder, tensors, (take(inputs, at),))
+            forward(encoder, tensors, take(inputs, at), kind)
     prefix = getattr(encoder, "prefix", "")
     measured: Sequence[str] = [name for name in weights if is_statistic(name) and prefix + name in tensors]
-    return {**weights, **{name: tensors[prefix + name].to(weights[name].dtype) for name in measured}}
+    return {**weights, **{name: tensors[prefix + name].cpu().to(weights[name].dtype) for name in measured}}

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..models.device import there
 from ..weights.open import matches
 
 
@@ -30,12 +31,12 @@ class Moving:
     """
 
     def __init__(self, whole: Mapping[str, Tensor], low: Mapping[str, Low] | None = None):
-        self.whole = {n: t.detach().float() for n, t in whole.items()}
-        self.low = dict(low or {})
+        self.whole = {n: there(t.detach().float()) for n, t in whole.items()}
+        self.low = {n: one._replace(origin=there(one.origin)) for n, one in (low or {}).items()}
         self.params: dict[str, Tensor] = {n: t.clone() for n, t in self.whole.items()}
         for n, one in self.low.items():
-            self.params[f"{n}::A"] = one.right.detach().float().clone()
-            self.params[f"{n}::B"] = one.left.detach().float().clone()
+            self.params[f"{n}::A"] = there(one.right.detach().float().clone())
+            self.params[f"{n}::B"] = there(one.left.detach().float().clone())
 
     @property
     def names(self) -> list[str]:
@@ -50,9 +51,11 @@ class Moving:
     def pull(self, params: Mapping[str, Tensor], scale: Mapping[str, Tensor]) -> Tensor:
         """Return |theta - start|^2 / |scale|^2 over all moved tensors."""
         made = self.weights(params)
-        start = self.whole | {n: one.made(one.left.float(), one.right.float()) for n, one in self.low.items()}
+        start = self.whole | {
+            n: one.made(there(one.left.float()), there(one.right.float())) for n, one in self.low.items()
+        }
         gap = sum((made[n] - start[n]).square().sum() for n in start)
-        size = sum(scale[n].float().square().sum() for n in start)
+        size = sum(there(scale[n]).float().square().sum() for n in start)
         return torch.as_tensor(gap) / torch.as_tensor(size).clamp(min=1e-30)
 
 

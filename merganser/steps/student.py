@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..models.encoder import bound, precision
+from ..models.encoder import bound, forward, loaded
 from ..models.inputs import Prompts, Subset, take
 from ..models.statistics import is_statistic
 from ..progress import Tick
@@ -22,13 +22,12 @@ class Student:
     def __init__(self, expert: Mapping[str, Tensor], encoder: nn.Module, inputs: Any, moving: Moving, kind: str):
         self.encoder, self.inputs, self.moving, self.kind = encoder.eval(), inputs, moving, kind
         self.prefix = getattr(encoder, "prefix", "")
-        tensors = bound(encoder, expert)
+        tensors = loaded(encoder, expert)
         self.fixed = {n: t for n, t in tensors.items() if n.removeprefix(self.prefix) not in moving.names}
 
     def __call__(self, at: Int[Tensor, "batch"]) -> Float[Tensor, "batch width"]:
         made = {self.prefix + n: t for n, t in self.moving.weights(self.moving.params).items()}
-        with precision(self.kind):
-            return torch.func.functional_call(self.encoder, self.fixed | made, (take(self.inputs, at),)).float()
+        return forward(self.encoder, self.fixed | made, take(self.inputs, at), self.kind)
 
     def train(
         self,

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..card import is_done, write_json
 from ..models.causal import places
-from ..models.encoder import batches, bound, precision
+from ..models.device import there
+from ..models.encoder import batches, forward, loaded
 from ..models.inputs import Prompts, take
 from ..progress import Tick
 from .twins import distance
@@ -65,18 +66,17 @@ def top_tokens(
         values, ids = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("values", "ids"))
         return TopTokens(values, ids, starts)
     out, done = None, 0
-    tensors = bound(encoder, weights)
+    tensors = loaded(encoder, weights)
     for index in batches(inputs, batch):
-        given = take(inputs, index)
-        with precision(kind):
-            logits = torch.func.functional_call(encoder, tensors, (given,)).float()
+        given = there(take(inputs, index))
+        logits = forward(encoder, tensors, given, kind)
         found = places(logits, given["attention_mask"]).log_softmax(dim=-1).topk(min(k, logits.shape[-1]), dim=-1)
         if out is None:
             out = _arrays(int(starts[-1]), found.values.shape[1], folder)
         lengths = (inputs.lengths[index] - 1).clamp(min=0).tolist()
         for i, v, t in zip(index.tolist(), found.values.split(lengths), found.indices.split(lengths), strict=True):
             span = slice(int(starts[i]), int(starts[i + 1]))
-            out[0][span], out[1][span] = v.numpy(), t.numpy()
+            out[0][span], out[1][span] = v.cpu().numpy(), t.cpu().numpy()
         done += len(index)
         tick(0, targets=done / len(inputs))
     values, ids = out or _arrays(0, k, None)
@@ -124,7 +124,7 @@ class NextTokens:
         return own + self.alpha * rest, {"own": own.detach(), "others": rest.detach()}
 
     def _term(self, target: tuple[Tensor, Tensor], logits: Tensor, mask: Tensor) -> Tensor:
-        log_p, ids = target
+        log_p, ids = there(target[0]), there(target[1])
         if not len(ids):
             return logits.sum() * 0
         log_q = places(logits, mask).log_softmax(dim=-1).gather(1, ids)

@@ -65,6 +65,7 @@ class Twins:
 
     def __call__(self, at: Tensor, x: Float[Tensor, "batch width"]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of the student's features ``x`` for the inputs ``at``, and its two terms."""
+        x = x.cpu()  # heads are any functions of yours, and features are small
         if self.form != "heads":
             own = self._by_head(self.heads[self.own](self.expert[self.row[at]]), self.heads[self.own](x)).mean()
             others = self._features(at, x)

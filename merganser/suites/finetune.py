@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..errors import WeightsError
 from ..evaluate.run import Labelled
-from ..models.encoder import bound, precision
+from ..models.device import home, there
+from ..models.encoder import bound, forward, loaded
 from ..models.heads import AnyHead
 from ..models.inputs import take
 from ..models.statistics import counters, is_statistic, moving
@@ -121,15 +122,15 @@ def _trained(
     """Return the parameters of ``work``, trained, and the running statistics."""
     prefix = getattr(encoder, "prefix", "")
     moved = {prefix + name for name in work.names}
-    fixed = {name: t for name, t in bound(encoder, base).items() if name not in moved}
+    fixed = {name: t for name, t in loaded(encoder, base).items() if name not in moved}
     buffers = {name: t.detach().clone() for name, t in fixed.items() if is_statistic(name)}
-    counts = {name: torch.zeros((), dtype=torch.int64) for name in counters(encoder)}
+    counts = {name: there(torch.zeros((), dtype=torch.int64)) for name in counters(encoder)}
     fixed |= {**buffers, **counts}
     encoder.eval()
     loss = _loss(encoder, head, task, work, fixed, prefix, kind)
     order = Order(len(task), min(batch, len(task)), seed, getattr(task.inputs, "lengths", None))
     trained, _ = train(work.params, loss, order, plan, buffers=buffers, checkpoint=checkpoint, tick=tick)
-    return trained, {name.removeprefix(prefix): tensor for name, tensor in buffers.items()}
+    return home(trained), {name.removeprefix(prefix): tensor for name, tensor in home(buffers).items()}
 
 
 def _loss(
@@ -139,8 +140,8 @@ def _loss(
 
     def loss(at: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         weights = fixed | {prefix + name: tensor for name, tensor in work.weights(work.params).items()}
-        with precision(kind), moving(encoder):
-            x = torch.func.functional_call(encoder, weights, (take(task.inputs, at),)).float()
+        with moving(encoder):
+            x = forward(encoder, weights, take(task.inputs, at), kind).cpu()
         return F.cross_entropy(head(x), labels[at]), {}
 
     return loss

@@ -15,7 +15,8 @@ from torch import Tensor
 from ..card import is_done, key_of, read_card
 from ..errors import MissingExtra
 from ..models.causal import CausalLM, causal_lm, places
-from ..models.encoder import precision
+from ..models.device import home, placed, there
+from ..models.encoder import forward
 from ..models.inputs import Texts
 from ..progress import Progress
 from ..train import Checkpoint, Order, Plan, train
@@ -85,17 +86,17 @@ def _trained(
     seed: int,
 ) -> dict[str, Tensor]:
     """Return ``start`` trained to predict every next token behind the first ``skipped`` of each text."""
-    params = {name: tensor.detach().float().clone() for name, tensor in start.items()}
+    placed(model)
+    params = {name: there(tensor.detach().float().clone()) for name, tensor in start.items()}
     before = torch.zeros(len(texts), dtype=torch.int64) if skipped is None else skipped
 
     def loss(at: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        batch = texts.take(at)
-        with precision():
-            logits = torch.func.functional_call(model, {model.prefix + n: t for n, t in params.items()}, (batch,))
+        batch = there(texts.take(at))
+        logits = forward(model, {model.prefix + n: t for n, t in params.items()}, batch)
         mask = batch["attention_mask"]
         wanted = places(batch["input_ids"][..., None].roll(-1, 1), mask)[:, 0]
-        each = F.cross_entropy(places(logits.float(), mask), wanted, reduction="none")
-        counts = places((torch.arange(mask.shape[1])[None, :] >= before[at][:, None] - 1)[..., None], mask)[:, 0]
+        each = F.cross_entropy(places(logits, mask), wanted, reduction="none")
+        counts = places(there((torch.arange(mask.shape[1])[None, :] >= before[at][:, None] - 1)[..., None]), mask)[:, 0]
         return (each * counts).sum() / counts.sum(), {}
 
     checkpoint = Checkpoint(folder / "checkpoint.safetensors", key)
@@ -103,7 +104,7 @@ def _trained(
         order = Order(len(texts), min(BATCH, len(texts)), seed, texts.lengths)
         trained, _ = train(params, loss, order, plan, checkpoint=checkpoint, tick=tick)
     checkpoint.path.unlink(missing_ok=True)
-    return trained
+    return home(trained)
 
 
 def _skeleton(folder: Path, seed: int) -> None:

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..card import is_done, key_of
+from ..models.device import home, placed, there
+from ..models.encoder import forward
 from ..models.toy import ConvNet
 from ..progress import Progress, silent
 from ..train import Checkpoint, Order, Plan, train
@@ -50,18 +52,18 @@ def pretrain(
         net = ConvNet()
         classes = torch.randn(len(characters), net.project.out_features)
     inputs, y = net.prepare(pixels), torch.from_numpy(labels)
-    params = {name: tensor.detach().clone() for name, tensor in net.named_parameters()}
+    params = {name: there(tensor.detach().clone()) for name, tensor in placed(net).named_parameters()}
 
     def loss(at: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         weights = {name: tensor for name, tensor in everything.items() if name != "classes"}
-        x = torch.func.functional_call(net, weights, (inputs.take(at),))
-        return F.cross_entropy(scale * x @ F.normalize(everything["classes"], dim=1).T, y[at]), {}
+        x = forward(net, weights, inputs.take(at), "fp32")
+        return F.cross_entropy(scale * x @ F.normalize(everything["classes"], dim=1).T, there(y[at])), {}
 
-    everything = {**params, "classes": classes}
+    everything = {**params, "classes": there(classes)}
     checkpoint = Checkpoint(folder / "checkpoint.safetensors", key)
     with progress("pretrain the base", plan.steps) as tick:
         order = Order(len(y), min(batch, len(y)), seed)
         trained, _ = train(everything, loss, order, plan, checkpoint=checkpoint, tick=tick)
     checkpoint.path.unlink(missing_ok=True)
-    save({name: trained[name] for name in params}, folder, {**says, "key": key})
+    save(home({name: trained[name] for name in params}), folder, {**says, "key": key})
     return folder

@@ -168,7 +168,8 @@ elsewhere = "shift/elsewhere"
 """
 
 
-def test_a_recipe_is_checked_whole(merganser, models, tmp_path):
+def test_a_recipe_is_checked_whole(merganser, models, tmp_path, monkeypatch):
+    monkeypatch.setenv("MERGANSER_DEVICE", "gpu")
     (tmp_path / "recipe.toml").write_text(RECIPE.format(**models))
     before = files_in(tmp_path)
     for words in (("check", "recipe.toml"), ("run", "recipe.toml", "--dry-run"), ("adapt", "recipe.toml", "--dry-run")):
@@ -178,7 +179,7 @@ def test_a_recipe_is_checked_whole(merganser, models, tmp_path):
         text = json.dumps(json.loads(done.stdout)["errors"])
         for words in (
             "unknown step 'tise'", "'stepps'", "nowhere", "tasks/a: not a task", "expert 'b' has no task", "inputs.txt",
-            "shift/elsewhere: not a task",
+            "shift/elsewhere: not a task", "MERGANSER_DEVICE=gpu",
         ):  # fmt: skip
             assert words in text, words
     assert files_in(tmp_path) == before

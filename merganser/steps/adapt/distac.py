@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import HeadError
+from ...models.device import home
 from ...models.encoder import features
 from ...models.heads import AnyHead
 from ...models.inputs import Subset
@@ -81,12 +82,12 @@ def distac(
 
     def loss(at: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         target = head(targets[row[at]]) / temperature
-        gap = temperature * softer * distance("kl", target, head(student(at)) / softer).mean()
-        far = sum((moving.params[n] - start[n]).square().sum() for n in names)
-        return gap + pull * far, {"own": gap.detach()}
+        gap = temperature * softer * distance("kl", target, head(student(at).cpu()) / softer).mean()
+        far = sum((moving.params[n] - moving.whole[n]).square().sum() for n in names)
+        return gap + pull * far.cpu(), {"own": gap.detach()}
 
     plan = Plan(steps, lr, weight_decay, patience=patience)
-    best = student.train(loss, split, plan, checkpoint=_checkpoint, log=_log, tick=_tick)
+    best = home(student.train(loss, split, plan, checkpoint=_checkpoint, log=_log, tick=_tick))
     return {n: best[n].to(expert[n].dtype) if n in best else expert[n] for n in expert}
 
 

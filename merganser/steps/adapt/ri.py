@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...errors import HeadError
+from ...models.device import home
 from ...models.encoder import features
 from ...models.heads import AnyHead
 from ...models.inputs import Prompts, Subset
@@ -117,14 +118,15 @@ def ri(
 
     def loss(at: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         value, told = terms(at, student(at))
-        return (value + pull * moving.pull(moving.params, moves) if pull else value), told
+        return (value + pull * moving.pull(moving.params, moves).to(value.device) if pull else value), told
 
     plan = Plan(steps, lr, weight_decay, patience=patience)
     best = student.train(loss, split, plan, checkpoint=_checkpoint, log=_log, tick=_tick)
     if own_factors is not None:
+        best = home(best)
         low = {n: Factors(best[f"{n}::B"], best[f"{n}::A"]) for n in moving.low}
         return own_factors.changed({**low, **{n: best[n] for n in moving.whole}})
-    adapted = moving.weights(best)
+    adapted = home(moving.weights(best))
     return {n: adapted[n].to(expert[n].dtype) if n in adapted else expert[n] for n in expert}
 
 
