@@ -1,7 +1,10 @@
 """Adapt experts before they are merged: each one through the adapt words of a sentence, resumable, with a card."""
 
+import inspect
+import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,7 @@ def adapt(
     kind: str = "auto",
     heads_key: str | None = None,
     progress: Progress = silent,
+    _place: Callable[[str], Path] | None = None,
 ) -> dict[str, Mapping[str, Tensor]]:
     """Return every expert's adapted weights, on unlabeled ``inputs`` alone.
 
@@ -56,7 +60,7 @@ def adapt(
     """
     theta0 = open_weights(base)
     sources = {name: open_weights(source) for name, source in named(experts).items()}
-    thetas = match(theta0, sources, own).experts
+    thetas: dict[str, Mapping[str, Tensor]] = dict(match(theta0, sources, own).experts)
     steps = adapt_steps(how)
     speaks = isinstance(inputs, Prompts)
     known = inputs.names if isinstance(inputs, Prompts) else tuple(heads)
@@ -68,48 +72,111 @@ def adapt(
     if not speaks:
         check_fit(encoder, theta0, heads, inputs)
     same = {"base": digest(theta0), "heads": heads_key or heads_digest(heads), "inputs": inputs_digest(inputs)}
+    given: dict[str, Any] = {"encoder": encoder, "_precision": kind}
     if speaks:
-        base_features = remembered_tokens(encoder, theta0, inputs, kind, key_of([same, kind]), into)
+        given["_base_features"] = remembered_tokens(encoder, theta0, inputs, kind, key_of([same, kind]), into)
     else:
-        base_features = remembered(encoder, theta0, inputs, kind)
-    adapted: dict[str, Mapping[str, Tensor]] = {}
-    for name, theta in thetas.items():
-        card: dict[str, Any] = {
-            "kind": "adapt",
-            "sentence": how_text(steps),
-            "seed": seed,
-            "precision": kind,
-            "own": name,
-        }
+        given["_base_features"] = remembered(encoder, theta0, inputs, kind)
+    originals = dict(thetas)
+    by_expert = {name: remembered(encoder, theta, inputs, kind) for name, theta in originals.items()}
+    together = {"_originals": originals, "_expert_features": lambda name, at: by_expert[name](at)}
+
+    def place(told: str) -> Path | None:
+        return _place(told) if _place else _within(into, told, how_text(steps))
+
+    for part, before in stages(steps):
+        told = how_text([*before, *part])
+        card = {"kind": "adapt", "sentence": told, "seed": seed, "precision": kind}
         card["encoder"] = [type(encoder).__qualname__, getattr(encoder, "pooling", None)]
-        card["inputs"] = {**same, "expert": digest(theta)}
+        joint = is_joint(part[0])
+        all_of_them = {n: [digest(originals[n]), digest(theta)] for n, theta in thetas.items()} if joint else None
+        for name, theta in thetas.items():
+            mine: dict[str, Any] = {**card, "own": name, "inputs": {**same, "expert": digest(theta)}}
+            if all_of_them is not None:
+                mine["inputs"]["experts"] = all_of_them
+            adapted_as = _Expert(name, theta, theta0, heads, inputs, part, place(told))
+            more = {**together, "others": {n: t for n, t in thetas.items() if n != name}} if joint else {}
+            thetas[name] = adapted_as.adapted(mine, {**given, **more}, seed, progress)
+    return thetas
+
+
+@dataclass(frozen=True)
+class _Expert:
+    """One expert, and what is done to it."""
+
+    name: str
+    theta: Mapping[str, Tensor]
+    base: Mapping[str, Tensor]
+    heads: Mapping[str, AnyHead]
+    inputs: Any
+    steps: Sequence[Step]
+    place: Path | None
+
+    def adapted(
+        self, card: dict[str, Any], given: Mapping[str, Any], seed: int, progress: Progress
+    ) -> Mapping[str, Tensor]:
+        """Return its weights behind the steps: read back where its card proves them done."""
+        name, theta = self.name, self.theta
         if adapter_in(theta) is not None:
             card["expert"] = "adapter"  # which it may stay, unlike a full model of the same numbers
-        if shared := _shared(steps, heads, name):
+        if shared := _shared(self.steps, self.heads, name):
             card["overlap"] = shared
         card["key"] = key_of(card)
-        folder = Path(into) / name if into is not None else None
+        folder = self.place / name if self.place is not None else None
         if folder is not None and is_done(folder, card["key"]):
-            adapted[name] = _read_back(folder, theta)
-            continue
+            return _read_back(folder, theta)
         started = time.monotonic()
-        given: dict[str, Any] = {"own": name, "encoder": encoder, "_precision": kind, "_base_features": base_features}
-        for k, step in enumerate(steps):
+        for k, step in enumerate(self.steps):
             knobs = {"seed": seed, **step.knobs}
+            files: dict[str, Any] = {}
             if folder is not None:
-                given["_checkpoint"] = Checkpoint(folder / f"checkpoint-{k}.safetensors", card["key"])
-                given["_log"] = folder / ("log.jsonl" if k == 0 else f"log-{k}.jsonl")
+                files["_checkpoint"] = Checkpoint(folder / f"checkpoint-{k}.safetensors", card["key"])
+                files["_log"] = folder / ("log.jsonl" if k == 0 else f"log-{k}.jsonl")
             total = knobs.get("steps", knobs_of(step.function).get("steps", 1))
             said = f"{step.name} {name}" + (f" (without classes it shares with {', '.join(shared)})" if shared else "")
             with progress(said, total) as tick:
-                theta = step.function(theta, theta0, heads, inputs, **knobs, **given, _tick=tick)
-        adapted[name] = theta
-        if folder is not None:
-            card["seconds"] = round(time.monotonic() - started, 3)
-            adapted[name] = _write(theta, folder, card)
-            for leftover in folder.glob("checkpoint-*.safetensors"):
-                leftover.unlink()
-    return adapted
+                call = {"own": name, **knobs, **_taken(step, {**given, **files, "_tick": tick})}
+                theta = step.function(theta, self.base, self.heads, self.inputs, **call)
+        if folder is None:
+            return theta
+        card["seconds"] = round(time.monotonic() - started, 3)
+        written = _write(theta, folder, card)
+        for leftover in folder.glob("checkpoint-*.safetensors"):
+            leftover.unlink()
+        return written
+
+
+def _taken(step: Step, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``given`` without the private words that the step does not know."""
+    known = inspect.signature(step.function).parameters
+    return {name: value for name, value in given.items() if name in known or not name.startswith("_")}
+
+
+def is_joint(step: Step) -> bool:
+    """Tell whether a step sees the other experts, so that all of them must have come as far first."""
+    return "others" in inspect.signature(step.function).parameters
+
+
+def stages(steps: Sequence[Step]) -> list[tuple[list[Step], list[Step]]]:
+    """Return the parts of ``steps`` that all experts pass through before any goes on, each with the steps before it."""
+    parts: list[tuple[list[Step], list[Step]]] = []
+    for k, step in enumerate(steps):
+        if parts and not is_joint(step) and not is_joint(parts[-1][0][0]):
+            parts[-1][0].append(step)
+        else:
+            parts.append(([step], list(steps[:k])))
+    return parts
+
+
+def slug(text: str) -> str:
+    """Return ``text`` as a file name; long texts end in a part of their digest."""
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.") or "none"
+    return name if len(name) <= 80 else f"{name[:71]}-{key_of(text)[:8]}"
+
+
+def _within(into: str | Path | None, part: str, whole: str) -> Path | None:
+    """Return where experts lie behind ``part`` of the steps: in ``into`` at the end, before that in a hidden folder."""
+    return None if into is None else Path(into) if part == whole else Path(into) / f".{slug(part)}"
 
 
 def _write(theta: Mapping[str, Tensor], folder: Path, card: Mapping[str, Any]) -> Mapping[str, Tensor]:

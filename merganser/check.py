@@ -242,8 +242,7 @@ def stages(sentences: Sequence[str], experts: Sequence[str], folder: Path) -> li
 
     A stage whose inputs have changed since is done again all the same; only `run` itself, which reads them, knows.
     """
-    from .adapt import how_text
-    from .run import slug
+    from .adapt import how_text, slug
 
     parsed = [parse(text) for text in sentences]
     todo = [

@@ -7,7 +7,6 @@ FOLDER/merged/                the model of the sentence that was best on the val
 FOLDER/scores.json  diagnosis.json  run.json  report.html
 """
 
-import re
 import resource
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .adapt import adapt, how_text
+from .adapt import adapt, how_text, slug
 from .card import file_digests, key_of, read_card, read_json, versions, write_json
 from .diagnose.interference import diagnose
 from .errors import MissingExtra
@@ -147,6 +146,7 @@ def adapt_all(ready: Prepared, folder: Path, stages: _Stages) -> dict[str, Mappi
             kind=ready.kind,
             heads_key=ready.heads_key,
             progress=stages.progress,
+            _place=lambda part: folder / "adapted" / slug(part),
         )
         stages.note(f"adapt {how}", started, reused=before == {name: read_card(into / name) for name in ready.experts})
     return adapted
@@ -304,12 +304,6 @@ def _given(ready: Prepared, sentence: Sentence) -> dict[str, Any]:
     told = {"where": where} if where else {}
     asked = asked_by(sentence, ready.recipe.ingredients)
     return told | ({"ingredients": {name: file_digests(path) for name, path in asked.items()}} if asked else {})
-
-
-def slug(text: str) -> str:
-    """Return ``text`` as a file name; long texts end in a part of their digest."""
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.") or "none"
-    return name if len(name) <= 80 else f"{name[:71]}-{key_of(text)[:8]}"
 
 
 def _merged(ready: Prepared, experts: Mapping[str, Any], sentence: Sentence) -> Mapping[str, Tensor]:

@@ -100,8 +100,8 @@ class Halves:
 
 
 def moved(expert: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of the tensors that fine-tuning moved."""
-    return [n for n in expert if n in base and expert[n].is_floating_point() and not torch.equal(expert[n], base[n])]
+    """Return the names of the tensors that fine-tuning moved, in the order of ``base``, however an expert is stored."""
+    return [n for n in base if n in expert and expert[n].is_floating_point() and not torch.equal(expert[n], base[n])]
 
 
 def trainable(expert: Mapping[str, Tensor], base: Mapping[str, Tensor], encoder: nn.Module) -> list[str]:

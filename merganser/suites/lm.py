@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..adapt import adapt, how_text
+from ..adapt import adapt, how_text, slug
 from ..card import write_json
 from ..errors import DataError
 from ..evaluate.language import answered, divergence
@@ -22,7 +22,6 @@ from ..loop import applied, merged_deltas
 from ..models.causal import CausalLM, causal_lm
 from ..models.inputs import Prompts
 from ..progress import Progress, silent
-from ..run import slug
 from ..sentence import Sentence, parse
 from ..sweep import is_tuned, split_scale, tried
 from ..weights.stored import Stored

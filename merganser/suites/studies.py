@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..adapt import adapt_steps, how_text, slug, stages
 from ..card import read_card, read_json, write_json
 from ..errors import DataError, did_you_mean
 from ..evaluate.metrics import interval
@@ -22,7 +23,7 @@ from ..evaluate.run import means
 from ..evaluate.table import Row, rows_in
 from ..progress import Progress, silent
 from ..recipe import Recipe
-from ..run import run, slug
+from ..run import run
 from ..sentence import parse
 from ..sweep import split_scale
 from .suite import Suite, recipe_for
@@ -143,6 +144,11 @@ STUDIES: dict[str, Study] = {
             Group("all", {"heads": ri(), "1 head a step": ri(sample=1), "rows": ri(form="rows"),
                           "features": ri(form="features")})
         ],
+    ),
+    "together": Study(
+        "Does it help to train experts inside merges with each other?",
+        "adapting",
+        lambda _recipe, ri: [Group("all", {"ri": ri(), "ri, then coadapt": f"{ri()} | coadapt"})],
     ),
     "part": Study("Can a low rank do?", "trained", _ranks),
     "mergers": Study(
@@ -281,5 +287,9 @@ def _chosen(rows: Sequence[Row]) -> dict[tuple[str | None, str], Row]:
 
 def _adapting(place: Path, how: str) -> float:
     """Return the seconds that adapting one expert took, the mean over experts."""
-    cards = [read_card(folder) for folder in sorted((place / "adapted" / slug(how)).iterdir()) if folder.is_dir()]
-    return float(np.mean([card["seconds"] for card in cards if card]))
+    total = 0.0
+    for part, before in stages(adapt_steps(how)):
+        place_of = place / "adapted" / slug(how_text([*before, *part]))
+        cards = [read_card(folder) for folder in sorted(place_of.iterdir()) if folder.is_dir()]
+        total += float(np.mean([card["seconds"] for card in cards if card]))
+    return total

@@ -7,15 +7,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...errors import HeadError
-from ...models.device import home
 from ...models.encoder import features
 from ...models.heads import AnyHead
 from ...models.inputs import Prompts, Subset
 from ...progress import Tick
 from ...train import Checkpoint, Plan
-from ...weights.adapter import Factors
-from ...weights.own_rank import OwnRank, own_rank
-from ..moving import Low, Moving, chosen, low_rank
+from ..moving import chosen
+from ..rank import Ranked, check_rank
 from ..student import Halves, Split, Student, targets_told, trainable
 from ..tokens import NextTokens, TopTokens, top_tokens
 from ..twins import DISTANCES, FORMS, Twins, overlapping
@@ -111,8 +109,8 @@ def ri(
         mine = features(encoder, expert, Subset(inputs, at), kind=_precision, progress=targets_told(_tick))
         terms.remember(at, len(inputs), base_features(at), mine)
     names = chosen(trainable(expert, base, encoder), only)
-    own_factors = own_rank(expert, names) if rank == "own" else None
-    moving = _moving(expert, names, own_factors, rank, seed)
+    trained = Ranked(expert, names, rank, seed)
+    moving = trained.moving
     moves = {n: expert[n] - base[n] for n in moving.names} if pull else {}
     student = Student(expert, encoder, inputs, moving, _precision)
 
@@ -122,12 +120,7 @@ def ri(
 
     plan = Plan(steps, lr, weight_decay, patience=patience)
     best = student.train(loss, split, plan, checkpoint=_checkpoint, log=_log, tick=_tick)
-    if own_factors is not None:
-        best = home(best)
-        low = {n: Factors(best[f"{n}::B"], best[f"{n}::A"]) for n in moving.low}
-        return own_factors.changed({**low, **{n: best[n] for n in moving.whole}})
-    adapted = home(moving.weights(best))
-    return {n: adapted[n].to(expert[n].dtype) if n in adapted else expert[n] for n in expert}
+    return trained.result(best)
 
 
 def _spoken(
@@ -148,19 +141,6 @@ def _spoken(
     return NextTokens(inputs, own, base=theirs, expert=mine, **how)
 
 
-def _moving(
-    expert: Mapping[str, Tensor], names: list[str], own_factors: OwnRank | None, rank: int | str, seed: int
-) -> Moving:
-    """Return what is trained: the expert's own factors, new ones of a rank, or whole tensors."""
-    if own_factors is None:
-        return low_rank(expert, names, 0 if isinstance(rank, str) else rank, seed=seed)
-    low = {}
-    for name in own_factors.low:
-        origin, factors, scale = own_factors.unscaled(name)
-        low[name] = Low(origin, factors.left, factors.right, scale)
-    return Moving({n: expert[n] for n in names if n not in low}, low)
-
-
 def check(**knobs: Any) -> None:
     """Raise ValueError at a knob out of range, before any work."""
     for name in ("steps", "batch", "lr", "top"):
@@ -174,12 +154,8 @@ def check(**knobs: Any) -> None:
         raise ValueError(f"temperature must be positive, got {knobs['temperature']}")
     if knobs.get("form", "heads") not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got '{knobs['form']}'")
-    rank = knobs.get("rank", "own")
-    if rank != "own" and (not isinstance(rank, int) or isinstance(rank, bool)):
-        raise ValueError(f'rank must be "own" or a whole number, got {rank!r}')
-    for name in ("sample", "rank", "pull"):
-        if name == "rank" and rank == "own":
-            continue
+    check_rank(knobs.get("rank", "own"))
+    for name in ("sample", "pull"):
         if knobs.get(name, 0) < 0:
             raise ValueError(f"{name} must not be negative, got {knobs[name]}")
     if not knobs.get("overlap", 1) > 0:

@@ -1,0 +1,93 @@
+"""A student inside merges with the other experts, and what is wanted of such a merge: every expert under its own head."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from ..models.device import there
+from ..models.encoder import bound, forward, loaded
+from ..models.inputs import take
+from ..models.statistics import counters, is_statistic, moving, norms
+from .rank import Ranked
+from .student import Student, moved
+from .twins import Twins
+
+Weights = Mapping[str, Tensor]
+
+
+class Inside(Student):
+    """The features of ``inputs`` by merges of the student with ``others``, the student's own numbers being trained.
+
+        theta(b) = base + b (student - base + sum_j (theta_j - base)),   b ~ U(low, high), drawn anew for each batch
+
+    Batch norms normalise by the batch, as statistics measured anew after merging would.
+    """
+
+    def __init__(
+        self,
+        expert: Weights,
+        base: Weights,
+        others: Mapping[str, Weights],
+        encoder: nn.Module,
+        inputs: Any,
+        trained: Ranked,
+        kind: str,
+        scales: tuple[float, float],
+        seed: int,
+    ):
+        super().__init__(expert, encoder, inputs, trained.moving, kind)
+        self.scales, self.seed = scales, seed
+        mine = set(self.moving.names)
+        known = {n.removeprefix(self.prefix) for n in bound(encoder, base)}
+        changed = {n: None for one in (expert, *others.values()) for n in moved(one, base)}
+        self.base: dict[str, Tensor] = {}
+        self.away: dict[
+            str, Tensor
+        ] = {}  # what is added to the student's own tensor, or to the base's where it has none
+        for name in (n for n in changed if n in known and not is_statistic(n)):
+            zero = base[name].float()
+            total = sum((one[name].float() - zero for one in others.values()), torch.zeros_like(zero))
+            self.base[name] = there(zero)
+            self.away[name] = there(total - zero if name in mine else total + expert[name].float() - zero)
+        merged = {self.prefix + name for name in self.base}
+        self.fixed = {n: t for n, t in loaded(encoder, base).items() if n not in merged}
+        self.has_norms = bool(norms(encoder))
+        if self.has_norms:  # which write into their statistics, even if only what was there
+            self.fixed |= {n: t.clone() for n, t in self.fixed.items() if is_statistic(n)}
+            self.fixed |= {n: there(torch.zeros((), dtype=torch.int64)) for n in counters(encoder)}
+
+    def __call__(self, at: Int[Tensor, "batch"]) -> Float[Tensor, "batch width"]:
+        by = self.scale(at)
+        made = self.moving.weights(self.moving.params)
+        tensors = dict(self.fixed)
+        for name, zero in self.base.items():
+            delta = self.away[name] + made[name] if name in made else self.away[name]
+            tensors[self.prefix + name] = torch.add(zero, delta, alpha=by)
+        if not self.has_norms:
+            return forward(self.encoder, tensors, take(self.inputs, at), self.kind)
+        with moving(self.encoder, momentum=0.0):
+            return forward(self.encoder, tensors, take(self.inputs, at), self.kind)
+
+    def scale(self, at: Int[Tensor, "batch"]) -> float:
+        """Return the scale of a batch: one seed and one batch have the same one, whatever came before."""
+        mixed = (int((at * (1 + torch.arange(len(at)))).sum()) * 1_000_003 + self.seed) % 2**31
+        low, high = self.scales
+        return low + (high - low) * torch.rand((), generator=torch.Generator().manual_seed(mixed)).item()
+
+
+class Everyone(Twins):
+    """Distances to every expert under its own head; the weights of the two terms are those of `Twins`."""
+
+    def remember_all(self, at: Tensor, n: int, experts: Mapping[str, Tensor]) -> None:
+        """Keep every expert's features for the inputs ``at``, out of ``n``, by its name."""
+        self.experts = experts
+        self.remember(at, n, experts[self.own], experts[self.own])
+
+    @torch.no_grad()
+    def targets(self, at: Tensor) -> Float[Tensor, "batch all_classes"]:
+        """Return logits: each expert's under its own head."""
+        row = self.row[at]
+        return torch.cat([head(self.experts[name][row]) for name, head in self.heads.items()], dim=1)
