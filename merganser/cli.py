@@ -535,7 +535,7 @@ def bench(
         str | None,
         typer.Option(
             help="text, lora, vision: a question over several seeds, with table and figure: alpha, amount, distance, form, "
-            "lr, mergers, part, sources, steps or tasks. --how then replaces its mergers."
+            "lr, mergers, part, sources, steps, tasks or together. --how then replaces its mergers."
         ),
     ] = None,
     dry_run: DryRun = False,

@@ -65,7 +65,7 @@ def test_interference_of_a_merge_falls_below_that_behind_ri_at_equal_steps(toy):
     data = {n: t.inputs for n, t in toy.tasks.items()}
     xi = {}
     for how in ("ri(steps=160, lr=0.003, batch=64)",
-                "ri(steps=80, lr=0.003, batch=64) | coadapt(steps=80, lr=0.003, batch=64)"):  # fmt: skip
+                "ri(steps=80, lr=0.003, batch=64) | coadapt(steps=80, lr=0.003, batch=64, low=0.6, high=0.9)"):  # fmt: skip
         experts = adapt(toy, how)
         for merger in ("task_arithmetic | scale(by=0.7)", "ties | scale(by=2)"):
             merged = merganser.merge(toy.base, experts, merger)
