@@ -162,8 +162,10 @@ def _sums(
     return (of(names) if share is None else share.sums(key, names, of)).total()
 
 
-def _look(job: Job, name: str, i: int, look: Any, learned: list, surveys: Surveys) -> Any:
-    """Return what one look sees in one tensor at step ``i``; None if no expert has moved it."""
+def _look(
+    job: Job, name: str, i: int, look: Any, learned: list, surveys: Surveys, pad: dict[str, Tensor] | None = None
+) -> Any:
+    """Return what one look sees in one tensor at step ``i``; None if no expert has moved it. ``pad``: see `Kept`."""
     if not job.touched(name):
         return None
     total: Any = None
@@ -177,7 +179,9 @@ def _look(job: Job, name: str, i: int, look: Any, learned: list, surveys: Survey
         deltas, touched = piece.value
         deltas = deltas[None] if merged else deltas
         moved = moved or touched
-        given = {"base": piece.base, "name": name, "numel": numel, **_cut(extra, piece, numel, len(deltas))}
+        given: dict[str, Any] = {"base": piece.base, "name": name, "numel": numel}
+        given |= _cut(extra, piece, numel, len(deltas))
+        given["kept"] = Kept(pad, piece.at, numel) if pad is not None else None
         seen = look(deltas, learned, **{k: v for k, v in given.items() if k in wanted})
         total = seen if total is None else total + seen
     if not moved:
@@ -207,9 +211,10 @@ def through(job: Job, name: str, upto: int | None, surveys: Surveys, *, zeros: b
         upto = len(steps)
     cut = CUT if all(step.elementwise for step in steps) else None
     chosen = steps[:upto]
-    known = _tensor_surveys(job, name, steps, len(chosen), surveys)
+    pads: list[dict[str, Tensor]] = [{} for _ in chosen]
+    known = _tensor_surveys(job, name, steps, pads, surveys)
     shape = shape_of(job.base, name)
-    run = _Run(job, name, chosen, known, shape)
+    run = _Run(job, name, chosen, known, pads, shape)
     if run.takes_factors(zeros) and (held := _held(job, name, shape)) is not None:
         low = _from_factors(job, name, run, held, cut, zeros)
         if low is not None:
@@ -286,26 +291,56 @@ def _copied(job: Job, name: str) -> Iterator[Piece]:
         yield Piece(k * CUT, stored, stored, None)
 
 
-def _tensor_surveys(job: Job, name: str, steps: Sequence[Step], upto: int, surveys: Surveys) -> list[Any]:
-    """Return the survey of each of the first ``upto`` steps: the model's, or this tensor's where that is the scope."""
+def _tensor_surveys(
+    job: Job, name: str, steps: Sequence[Step], pads: Sequence[dict[str, Tensor]], surveys: Surveys
+) -> list[Any]:
+    """Return the survey of each step that has a pad: the model's, or this tensor's where that is the scope."""
     local = dict(surveys)
-    for i, step in enumerate(steps[:upto]):
+    for i, (step, pad) in enumerate(zip(steps, pads, strict=False)):
         if (i, str(step)) not in local and step.looks and step.scope == "tensor":
             learned: list[Any] = []
             for look in step.looks:
-                seen = _look(job, name, i, look, learned, local)
+                seen = _look(job, name, i, look, learned, local, pad)
                 if seen is None:
                     break
                 learned.append(seen)
             local[i, str(step)] = learned or None
-    return [local.get((i, str(step))) for i, step in enumerate(steps[:upto])]
+    return [local.get((i, str(step))) for i, step in enumerate(steps[: len(pads)])]
+
+
+class Kept:
+    """What the looks at one tensor keep for each other and for the step itself: flat tensors along its entries.
+
+    A look that finds something which later ones need again may `put` it and `get` it back, cut as deltas are then.
+    """
+
+    def __init__(self, pad: dict[str, Tensor], at: int, numel: int):
+        self.pad, self.at, self.numel = pad, at, numel
+
+    def put(self, name: str, values: Tensor) -> None:
+        """Keep ``values``, one for each entry of these deltas."""
+        if name not in self.pad:
+            self.pad[name] = values.new_empty(max(self.numel, values.numel()))
+        self.pad[name][self.at : self.at + values.numel()] = values.reshape(-1)
+
+    def get(self, name: str, numel: int) -> Tensor | None:
+        """Return the flat values of the next ``numel`` entries; None where none are kept."""
+        return self.pad[name][self.at : self.at + numel] if name in self.pad else None
 
 
 class _Run:
     """The steps over one tensor: generators, ingredients and surveys stay from piece to piece."""
 
-    def __init__(self, job: Job, name: str, steps: Sequence[Step], surveys: list[Any], shape: tuple[int, ...]):
-        self.name, self.steps, self.surveys, self.shape = name, steps, surveys, shape
+    def __init__(
+        self,
+        job: Job,
+        name: str,
+        steps: Sequence[Step],
+        surveys: list[Any],
+        pads: Sequence[dict[str, Tensor]],
+        shape: tuple[int, ...],
+    ):
+        self.name, self.steps, self.surveys, self.pads, self.shape = name, steps, surveys, pads, shape
         self.numel = math.prod(shape)
         self.experts = tuple(job.experts)
         self.at = next((k for k, step in enumerate(steps) if step.kind == "combine"), len(steps))
@@ -390,6 +425,7 @@ class _Run:
                 value = self._edit(k, step, at, value, given)
                 continue
             given |= {"survey": self.surveys[k], "rng": self.rngs.get((k, "merged"))}
+            given["kept"] = Kept(self.pads[k], at, self.numel)
             given |= _cut(self.extra[k], Piece(at, base, base, None), self.numel, len(self.experts))
             if step.kind == "align":
                 value, restore = named(step, self.name, value, **given)

@@ -21,7 +21,7 @@ from typing import Any
 from .errors import SentenceError, did_you_mean
 
 KINDS = ("adapt", "edit", "align", "combine")
-GIVEN = {"rng", "survey", "name", "base", "numel", "experts"}
+GIVEN = {"rng", "survey", "name", "base", "numel", "experts", "kept"}
 """Keywords that the loop gives to edit, align and combine steps; a sentence cannot set them."""
 FILE = re.compile(r"([^\s|()'\"]+\.py):([A-Za-z_]\w*)")
 ENTRY_POINTS = "merganser.steps"

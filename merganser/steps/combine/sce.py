@@ -1,6 +1,6 @@
 """SCE: select the entries in which experts differ, weigh experts by what is selected, erase minority signs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import reduce
 from typing import Any
 
@@ -22,6 +22,7 @@ def sce(
     floor: float = 0.0,
     numel: int | None = None,
     survey: Sequence[Any] | None = None,
+    kept: Any = None,
 ) -> Float[Tensor, "*shape"]:
     """Merge the entries of largest variance over experts, with weights from the selected entries' energy.
 
@@ -38,6 +39,7 @@ def sce(
     floor     weights are alike where the means sum to less; mergekit's is 1e-6, above those of many fine-tuned models
     numel     number of entries of the whole tensor, where deltas are a part of it
     survey    totals of `passes` over this tensor
+    kept      where `passes` have put its variances (`loop.Kept`), which take most of the time
 
     Raises ValueError for a density outside (0, 1] or a negative floor.
     Source: Wan et al., FuseChat (arXiv 2408.07990).
@@ -50,7 +52,7 @@ def sce(
     w = torch.full_like(energy, 1 / len(energy)) if alike else energy / energy.sum()
 
     wide = deltas.reshape(len(deltas), deltas[0].numel()).to(torch.promote_types(deltas.dtype, torch.float32))
-    merged = [_merged(part, theta, w.tolist()) for part in wide.split(CHUNK // 2, dim=1)]
+    merged = [_merged(part, chosen, w.tolist()) for part, chosen in _selected(deltas, wide, theta, kept)]
     return torch.cat(merged).reshape(deltas.shape[1:]).to(deltas.dtype)
 
 
@@ -60,25 +62,27 @@ def passes(*, density: float = 0.1, floor: float = 0.0) -> list[select.Look]:
     if isinstance(floor, bool) or not (isinstance(floor, (int, float)) and 0 <= floor < float("inf")):
         raise ValueError(f"floor must not be negative, got {floor!r}")
 
-    def coarse(deltas: Tensor, learned: list[Any]) -> select.Tallies:
-        return select.coarse(_variance(deltas)[None])
+    def coarse(deltas: Tensor, learned: list[Any], kept: Any = None) -> select.Tallies:
+        variance = _variance(deltas)
+        if kept is not None:
+            kept.put("variance", variance)
+        return select.coarse(variance[None])
 
-    def fine(deltas: Tensor, learned: list[Any]) -> select.Tallies:
-        return select.fine(_variance(deltas)[None], [select.places(learned[0][0], [_asked(learned, density)])])
+    def fine(deltas: Tensor, learned: list[Any], kept: Any = None) -> select.Tallies:
+        return select.fine(_known(deltas, kept)[None], [select.places(learned[0][0], [_asked(learned, density)])])
 
-    def energy(deltas: Tensor, learned: list[Any]) -> Tensor:
+    def energy(deltas: Tensor, learned: list[Any], kept: Any = None) -> Tensor:
         theta = _theta(learned, density)
         total = torch.zeros(len(deltas), dtype=torch.float64, device=deltas.device)
-        for part in deltas.detach().reshape(len(deltas), -1).float().split(CHUNK // 2, dim=1):
-            chosen = _selected(part, theta)
-            kept = ((one if chosen is None else one * chosen).double() for one in part)
-            total += torch.stack([torch.dot(one, one) for one in kept])
+        for part, chosen in _selected(deltas, deltas.detach().reshape(len(deltas), -1).float(), theta, kept):
+            rows = ((one if chosen is None else one * chosen).double() for one in part)
+            total += torch.stack([torch.dot(one, one) for one in rows])
         return total.cpu()
 
     return [coarse, fine, energy] if density < 1 else [energy]
 
 
-def _merged(part: Float[Tensor, "experts n"], theta: float, w: list[float]) -> Float[Tensor, "n"]:
+def _merged(part: Float[Tensor, "experts n"], chosen: Tensor | None, w: list[float]) -> Float[Tensor, "n"]:
     rows = list(part)
     sign = reduce(torch.add, rows).detach().sign().add_(0.5).sign_()
     total, weight = torch.zeros_like(rows[0]), torch.zeros_like(rows[0])
@@ -86,14 +90,29 @@ def _merged(part: Float[Tensor, "experts n"], theta: float, w: list[float]) -> F
         agreeing = torch.relu(one * sign)
         total = total.add_(agreeing, alpha=x)
         weight.add_(agreeing.detach().sign(), alpha=x)
-    chosen = _selected(part, theta)
     merged = total.mul(sign).div_(weight.clamp_(min=1e-6))
     return merged if chosen is None else merged.mul_(chosen)
 
 
-def _selected(deltas: Float[Tensor, "experts n"], theta: float) -> Float[Tensor, "n"] | None:
-    """Return 1 where the variance is at least ``theta`` and 0 elsewhere; None if all are selected."""
-    return None if theta == 0 else select.trimmed(_variance(deltas), theta).sign_()
+def _selected(
+    deltas: Float[Tensor, "experts *cut"], wide: Float[Tensor, "experts n"], theta: float, kept: Any
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield parts of ``wide``, the flat deltas, with 1 where the variance is at least ``theta`` and 0 elsewhere.
+
+    None instead of ones where all are selected.
+    """
+    parts = wide.split(CHUNK // 2, dim=1)
+    if theta == 0:
+        yield from ((part, None) for part in parts)
+        return
+    variances = _known(deltas, kept).reshape(-1).split(CHUNK // 2)
+    yield from ((part, select.trimmed(one, theta).sign_()) for part, one in zip(parts, variances, strict=True))
+
+
+def _known(deltas: Float[Tensor, "experts *cut"], kept: Any) -> Float[Tensor, "*cut"]:
+    """Return the variance, as it was found before where that is kept."""
+    found = kept.get("variance", deltas[0].numel()) if kept is not None else None
+    return _variance(deltas) if found is None else found
 
 
 def _variance(deltas: Float[Tensor, "experts *cut"]) -> Float[Tensor, "*cut"]:
