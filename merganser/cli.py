@@ -386,22 +386,28 @@ def show_one(context: typer.Context, as_json: Json = False) -> None:
 @app.command()
 @guarded
 def learn(
-    what: Annotated[str, typer.Argument(help="What to measure: fisher or gram.")],
+    what: Annotated[str, typer.Argument(help="What to learn: fisher, gram or coefficients (AdaMerging).")],
     recipe: Recipe,
     to: To = Path("ingredients"),
     rows: Annotated[
         int, typer.Option(min=1, help="How many inputs an expert, from its task's validation split.")
     ] = 256,
+    on: Annotated[
+        str, typer.Option(help="Coefficients are learned on the tasks' own inputs (tasks) or the recipe's (inputs).")
+    ] = "tasks",
+    steps: Annotated[int, typer.Option(min=1, help="Coefficients: how many steps.")] = 1000,
     as_json: Json = False,
 ) -> None:
-    """Measure an ingredient (Fisher information, Gram matrices) of a recipe's experts, a folder each; no label is used."""
-    from .learn.measure import measure_recipe
+    """Learn an ingredient (Fisher information, Gram matrices, AdaMerging's coefficients) for a recipe's experts; no label
+    is used.
+    """
+    from .learn.ingredient import learn_ingredient
     from .progress import bars
     from .recipe import read_recipe
 
-    folders = measure_recipe(read_recipe(recipe), what, to, rows=rows, progress=bars)
+    folders = learn_ingredient(read_recipe(recipe), what, to, rows=rows, on=on, steps=steps, progress=bars)
     told = {name: str(folder) for name, folder in folders.items()}
-    say({what: told}, as_json, f'measured {what} of {len(told)} experts into {to}; use: [ingredients] {what} = "{to}"')
+    say({what: told}, as_json, f'{what} learned into {to}; use: [ingredients] {what} = "{to}"')
 
 
 @app.command("eval")

@@ -8,14 +8,13 @@ expert: a `Subset` of them, if there are more.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..errors import DataError, did_you_mean
+from ..errors import DataError
 from ..models.device import home
 from ..models.encoder import batches, forward, loaded
 from ..models.heads import AnyHead
@@ -112,34 +111,6 @@ def gram(
     if not sums:
         raise DataError("no torch.nn.Linear with weights of its own ran in the encoder: there is nothing to measure")
     return home({name: sums[own] / rows[own] for name, own in named.items() if own in sums})
-
-
-def measure_recipe(
-    recipe: Any, what: str, to: Path, *, rows: int = 256, progress: Progress = silent
-) -> dict[str, Path]:
-    """Measure "fisher" or "gram" of every expert of a recipe on inputs of its own task; return a folder an expert.
-
-    The inputs are the first ``rows`` of the task's validation split (its test split where there is none); labels are
-    not used. Raises DataError for another word, and the errors of `prepare`.
-    """
-    from ..models.inputs import Subset
-    from ..prepare import prepare
-    from ..weights.save import save
-
-    if what not in ("fisher", "gram"):
-        raise DataError(f"unknown ingredient '{what}'{did_you_mean(what, ('fisher', 'gram'))}; known: fisher, gram")
-    ready = prepare(recipe, progress=progress)
-    folders = {}
-    for name, weights in ready.experts.items():
-        task = ready.val.get(name) or ready.test[name]
-        few = Subset(task.inputs, torch.arange(min(rows, len(task))))
-        if what == "fisher":
-            measured = fisher(ready.encoder, weights, ready.heads[name], few, kind=ready.kind, progress=progress)
-        else:
-            measured = gram(ready.encoder, weights, few, kind=ready.kind, progress=progress)
-        folders[name] = Path(to) / name
-        save(measured, folders[name], {"kind": what, "expert": name, "rows": len(few), "seed": recipe.seed})
-    return folders
 
 
 def _scores(log_p: Float[Tensor, "batch classes"], per: str) -> Iterator[tuple[Tensor, float]]:

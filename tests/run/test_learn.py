@@ -44,8 +44,31 @@ def test_what_is_measured_is_what_a_run_takes(user, tmp_path, what, step):
     assert not torch.allclose(want["out.weight"], average["out.weight"])
 
 
+@pytest.mark.parametrize("on", ["tasks", "inputs"])
+def test_coefficients_are_learned_and_a_run_takes_them(user, tmp_path, on):
+    found = tmp_path / "coefficients"
+    told = ("--rows", 24, "--on", on, "--steps", 30, "--json")
+    done = call("learn", "coefficients", user / "recipe.toml", "--to", found, *told)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == {"coefficients": {"coefficients": str(found)}}
+    learned = merganser.open_weights(found)
+    assert {tuple(learned[n].shape) for n in learned} == {(3,)}
+    assert all(0 <= float(learned[n].min()) <= float(learned[n].max()) <= 1 for n in learned)
+    assert not list(found.glob(".checkpoint*"))
+    base = merganser.open_weights(user / "base")
+    experts = {n: merganser.open_weights(user / "experts" / n) for n in ("stripes", "spots", "corners")}
+    merged = merganser.merge(base, experts, "weighted", ingredients={"coefficients": learned})
+    want = base["out.weight"] + sum(
+        c * (w["out.weight"] - base["out.weight"]) for c, w in zip(learned["out.weight"], experts.values(), strict=True)
+    )
+    torch.testing.assert_close(merged["out.weight"], want)
+
+
 def test_another_word_is_told_before_work(user, tmp_path):
     done = call("learn", "fischer", user / "recipe.toml", "--to", tmp_path / "x")
     assert done.exit_code == 1
     assert "did you mean 'fisher'" in done.output
     assert not (tmp_path / "x").exists()
+    done = call("learn", "coefficients", user / "recipe.toml", "--to", tmp_path / "x", "--on", "task")
+    assert done.exit_code == 1
+    assert "did you mean 'tasks'" in done.output

@@ -1,0 +1,70 @@
+"""From a recipe to an ingredient on disk: Fisher information, Gram matrices, or AdaMerging's coefficients."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import DataError, did_you_mean
+from ..models.inputs import Subset
+from ..progress import Progress, silent
+
+WHAT = ("fisher", "gram", "coefficients")
+ON = ("tasks", "inputs")
+
+
+def learn_ingredient(
+    recipe: Any,
+    what: str,
+    to: Path,
+    *,
+    rows: int = 256,
+    on: str = "tasks",
+    steps: int = 1000,
+    progress: Progress = silent,
+) -> dict[str, Path]:
+    """Learn an ingredient for a recipe's experts without labels; return its folders by name.
+
+    "fisher" and "gram" are measured for every expert on inputs of its own task: the first ``rows`` of the validation
+    split (test where there is none); a folder an expert. "coefficients" are learned by AdaMerging in ``steps`` steps
+    ``on`` the same "tasks" inputs or on the recipe's unlabeled "inputs", one set for all; interrupted, it goes on.
+
+    Raises DataError for another word, or where the recipe has no unlabeled inputs; and the errors of `prepare`.
+    """
+    from ..prepare import prepare
+    from ..weights.save import save
+    from .coefficients import adamerging
+    from .measure import fisher, gram
+
+    if what not in WHAT:
+        raise DataError(f"unknown ingredient '{what}'{did_you_mean(what, WHAT)}; known: {', '.join(WHAT)}")
+    if on not in ON:
+        raise DataError(f"unknown inputs '{on}'{did_you_mean(on, ON)}; known: {', '.join(ON)}")
+    if on == "inputs" and recipe.inputs is None:
+        raise DataError("the recipe has no unlabeled inputs; add [inputs] files = [...], or learn on the tasks' own")
+    ready = prepare(recipe, progress=progress)
+    few = {name: _first(ready.val.get(name) or ready.test[name], rows) for name in ready.experts}
+    to = Path(to)
+    how: dict[str, Any] = {"kind": ready.kind, "progress": progress}
+    if what == "coefficients":
+        held = to / ".checkpoint.safetensors"
+        found = adamerging(
+            ready.base, ready.experts, encoder=ready.encoder, heads=ready.heads,
+            inputs=ready.inputs if on == "inputs" else few, steps=steps, seed=recipe.seed, checkpoint=held, **how,
+        )  # fmt: skip
+        save(found, to, {"kind": what, "experts": list(ready.experts), "on": on, "steps": steps, "seed": recipe.seed})
+        held.unlink(missing_ok=True)
+        return {what: to}
+    folders = {}
+    for name, weights in ready.experts.items():
+        if what == "fisher":
+            measured = fisher(ready.encoder, weights, ready.heads[name], few[name], **how)
+        else:
+            measured = gram(ready.encoder, weights, few[name], **how)
+        folders[name] = to / name
+        save(measured, folders[name], {"kind": what, "expert": name, "rows": len(few[name]), "seed": recipe.seed})
+    return folders
+
+
+def _first(task: Any, rows: int) -> Subset:
+    return Subset(task.inputs, torch.arange(min(rows, len(task))))
