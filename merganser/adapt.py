@@ -73,13 +73,16 @@ def adapt(
         check_fit(encoder, theta0, heads, inputs)
     same = {"base": digest(theta0), "heads": heads_key or heads_digest(heads), "inputs": inputs_digest(inputs)}
     given: dict[str, Any] = {"encoder": encoder, "_precision": kind}
-    if speaks:
+    originals = dict(thetas)
+    by_expert: dict[str, Any] = {}
+    if isinstance(inputs, Prompts):
         given["_base_features"] = remembered_tokens(encoder, theta0, inputs, kind, key_of([same, kind]), into)
+        for name, theta in originals.items():  # each on its own prompts alone
+            by_expert[name] = remembered_tokens(encoder, theta, Subset(inputs, inputs.of(name)), kind)
     else:
         given["_base_features"] = remembered(encoder, theta0, inputs, kind)
-    originals = dict(thetas)
-    by_expert = {name: remembered(encoder, theta, inputs, kind) for name, theta in originals.items()}
-    together = {"_originals": originals, "_expert_features": lambda name, at: by_expert[name](at)}
+        by_expert = {name: remembered(encoder, theta, inputs, kind) for name, theta in originals.items()}
+    together = {"_originals": originals, "_expert_features": lambda name, what: by_expert[name](what)}
 
     def place(told: str) -> Path | None:
         return _place(told) if _place else _within(into, told, how_text(steps))
@@ -245,14 +248,19 @@ def remembered(encoder: nn.Module, base: Mapping[str, Tensor], inputs: Any, kind
 
 
 def remembered_tokens(
-    encoder: nn.Module, base: Mapping[str, Tensor], inputs: Any, kind: str, key: str, into: str | Path | None
+    encoder: nn.Module,
+    weights: Mapping[str, Tensor],
+    inputs: Any,
+    kind: str,
+    key: str = "",
+    into: str | Path | None = None,
 ) -> Any:
-    """Return a function from k to the base's k most likely next tokens on all inputs: once for all experts, on disk."""
+    """Return a function from k to the k most likely next tokens on all inputs: once for all experts, ``into`` a folder."""
 
     @cache
     def compute(k: int) -> TopTokens:
         folder = None if into is None else Path(into) / f".targets-{k}"
-        return top_tokens(encoder, base, inputs, k, kind=kind, folder=folder, key=key)
+        return top_tokens(encoder, weights, inputs, k, kind=kind, folder=folder, key=key)
 
     return compute
 

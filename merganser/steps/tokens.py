@@ -98,27 +98,47 @@ def _arrays(rows: int, k: int, folder: Path | None) -> tuple[Any, Any]:
     return values, ids
 
 
+class ByKind:
+    """Targets by the kind of each text: an expert's on its own prompts, the base's on all others."""
+
+    def __init__(self, inputs: Prompts, experts: Mapping[str, TopTokens], base: TopTokens):
+        self.kinds, self.names = inputs.kinds, inputs.names
+        self.experts, self.base = experts, base  # an expert's are of its own prompts alone, in their order
+        self.nth = torch.zeros_like(inputs.kinds)
+        for name in inputs.names:
+            at = inputs.of(name)
+            self.nth[at] = torch.arange(len(at))
+
+    def at(self, texts: Int[Tensor, "batch"]) -> tuple[Float[Tensor, "places k"], Int[Tensor, "places k"]]:
+        """Return the rows of some texts, one text after the other."""
+        found = []
+        for i in texts.tolist():
+            kind = int(self.kinds[i])
+            table = self.base if kind < 0 else self.experts.get(self.names[kind], self.base)
+            at = i if table is self.base else int(self.nth[i])
+            found.append(table.at(torch.tensor([at])))
+        return torch.cat([values for values, _ in found]), torch.cat([ids for _, ids in found])
+
+
 class NextTokens:
-    """Distances to the expert on its own prompts and to the base on all other texts, at every place.
+    """Distances to what is wanted on the own prompts and on all other texts, at every place.
 
-        L = E_{x ~ own} [ d(p_expert, p_theta) ] + alpha E_{x ~ others, generic} [ d(p_base, p_theta) ]
+        L = E_{x ~ own} [ d(p_wanted, p_theta) ] + alpha E_{x ~ others, generic} [ d(p_wanted, p_theta) ]
 
+    ``wanted``: RI has the expert's targets on its own prompts and the base's on all others, `ByKind` of one expert.
     ``d`` as in `twins.distance`, over the target's k most likely tokens and one bin for all others.
     """
 
-    def __init__(self, inputs: Prompts, own: str, *, alpha: float, distance: str, base: TopTokens, expert: TopTokens):
-        self.inputs, self.alpha, self.distance = inputs, alpha, distance
+    def __init__(self, inputs: Prompts, own: str, *, alpha: float, distance: str, wanted: ByKind):
+        self.inputs, self.alpha, self.distance, self.wanted = inputs, alpha, distance, wanted
         self.own = inputs.kinds == inputs.names.index(own)
-        self.base = base
-        self.expert = expert  # of the own prompts alone, in their order
-        self.nth = self.own.long().cumsum(0) - 1
 
     def __call__(self, at: Int[Tensor, "batch"], logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of the student's ``logits`` ``[batch, length, tokens]`` and its two terms."""
         mask = (torch.arange(logits.shape[1])[None, :] < self.inputs.lengths[at][:, None]).long()
         mine = self.own[at]
-        own = self._term(self.expert.at(self.nth[at[mine]]), logits[mine], mask[mine]) if mine.any() else None
-        rest = self._term(self.base.at(at[~mine]), logits[~mine], mask[~mine]) if not mine.all() else None
+        own = self._term(self.wanted.at(at[mine]), logits[mine], mask[mine]) if mine.any() else None
+        rest = self._term(self.wanted.at(at[~mine]), logits[~mine], mask[~mine]) if not mine.all() else None
         zero = logits.sum() * 0
         own, rest = (zero if term is None else term for term in (own, rest))
         return own + self.alpha * rest, {"own": own.detach(), "others": rest.detach()}

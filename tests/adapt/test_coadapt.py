@@ -8,8 +8,7 @@ from torch.func import functional_call
 import merganser
 from merganser.adapt import stages
 from merganser.card import read_card
-from merganser.errors import HeadError, RecipeError, SentenceError
-from merganser.models.inputs import Prompts, Texts
+from merganser.errors import HeadError, SentenceError
 from merganser.sentence import parse_words
 from merganser.steps.adapt.coadapt import coadapt
 from merganser.steps.student import Split
@@ -155,9 +154,6 @@ def test_bad_input_is_one_clear_error(toy):
     given = {"encoder": toy.encoder, "others": others}
     with pytest.raises(HeadError, match="'nobody' has no head"):
         coadapt(toy.experts["east"], toy.base, toy.heads, toy.inputs, own="nobody", **given)
-    prompts = Prompts(Texts([torch.arange(3)]), torch.tensor([0]), ("east",))
-    with pytest.raises(RecipeError, match="language model"):
-        coadapt(toy.experts["east"], toy.base, toy.heads, prompts, own="east", **given)
     for knob in ("low=0", "low=0.9, high=0.5", "steps=0", "alpha=-1", "distance='far'", "rank='thin'", "held_out=1"):
         with pytest.raises(SentenceError, match=knob.split("=")[0].split(",")[0]):
             adapt(toy, f"coadapt({knob})")

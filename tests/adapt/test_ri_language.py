@@ -11,8 +11,9 @@ import merganser
 from merganser.errors import DataError, HeadError, RecipeError, WeightsError
 from merganser.evaluate.language import answered, divergence
 from merganser.models.causal import causal_lm, places
+from merganser.steps.adapt.coadapt import coadapt
 from merganser.steps.adapt.ri import ri
-from merganser.steps.tokens import NextTokens, top_tokens, with_tail
+from merganser.steps.tokens import ByKind, NextTokens, top_tokens, with_tail
 
 transformers = pytest.importorskip("transformers")
 WORDS = {"up": ["a b c d", "b c d e", "c d e f"], "down": ["f e d", "e d c b", "d c b a"]}
@@ -90,7 +91,7 @@ def terms(lm, k, expert="up"):
 
     mine = top_tokens(model, experts[expert], Subset(inputs, inputs.of(expert)), k, kind="fp32")
     theirs = top_tokens(model, base, inputs, k, kind="fp32")
-    return NextTokens(inputs, expert, alpha=2.0, distance="kl", base=theirs, expert=mine)
+    return NextTokens(inputs, expert, alpha=2.0, distance="kl", wanted=ByKind(inputs, {expert: mine}, theirs))
 
 
 def test_with_all_tokens_kept_the_loss_is_the_kl_written_naively(lm):
@@ -163,6 +164,45 @@ def test_an_adapted_expert_keeps_its_prompts_and_leaves_the_rest_to_the_base(lm,
     plain = merganser.merge(base, experts, "task_arithmetic")
     off = [sum(kl(model, experts[n], w, inputs, inputs.of(n)) for n in experts) for w in (plain, merged)]
     assert off[1] < off[0], "merging disturbs adapted experts less"
+
+
+def test_co_adapted_experts_say_their_own_in_a_merge(lm, tmp_path):
+    _, model, base, experts, inputs = lm
+    how = "ri(steps=60, lr=0.003, batch=8, held_out=0.0)"
+    more = "coadapt(steps=60, lr=0.003, batch=8, held_out=0.0, low=0.6, high=1.0)"
+    given = {"encoder": model, "heads": {}, "inputs": inputs, "kind": "fp32"}
+    alone = merganser.adapt(base, experts, how=how, **given)
+    both = merganser.adapt(base, experts, how=f"{how} | {more}", into=tmp_path, **given)
+    generic = (inputs.kinds < 0).nonzero()[:, 0]
+
+    def off(adapted):
+        merged = merganser.merge(base, adapted, "task_arithmetic | scale(by=0.8)")
+        own = sum(kl(model, experts[n], merged, inputs, inputs.of(n)) for n in experts)
+        return own + kl(model, base, merged, inputs, generic)
+
+    assert off(both) < 0.6 * off(alone)
+    others = {"down": experts["down"]}
+    with pytest.raises(HeadError, match="'third' has no prompts"):
+        coadapt(experts["up"], base, {}, inputs, own="third", encoder=model, others=others)
+    with pytest.raises(ValueError, match="about heads"):
+        coadapt(experts["up"], base, {}, inputs, own="up", encoder=model, others=others, temperature=2.0)
+
+
+def test_targets_by_kind_are_those_of_each_model(lm):
+    _, model, base, experts, inputs = lm
+    from merganser.models.inputs import Subset
+
+    tables = {n: top_tokens(model, w, Subset(inputs, inputs.of(n)), 8, kind="fp32") for n, w in experts.items()}
+    wanted = ByKind(inputs, tables, top_tokens(model, base, inputs, 8, kind="fp32"))
+    at = torch.tensor([4, 9, 1, 5])
+    values, ids = wanted.at(at)
+    start = 0
+    for i in at.tolist():
+        kind = int(inputs.kinds[i])
+        right = log_probs(model, base if kind < 0 else experts[inputs.names[kind]], inputs, torch.tensor([i]))
+        rows = slice(start, start := start + len(right))
+        torch.testing.assert_close(right.gather(1, ids[rows]), values[rows], rtol=2e-3, atol=2e-3)
+    assert start == len(values)
 
 
 def test_exact_is_what_greedy_decoding_gives(lm):

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...errors import HeadError, RecipeError
+from ...errors import HeadError
 from ...models.encoder import features
 from ...models.heads import AnyHead
 from ...models.inputs import Prompts, Subset
@@ -14,8 +14,9 @@ from ...progress import Tick
 from ...train import Checkpoint, Plan
 from ..moving import chosen
 from ..rank import Ranked, check_rank
-from ..student import Split, targets_told, trainable
+from ..student import Halves, Split, targets_told, trainable
 from ..together import Everyone, Inside
+from ..tokens import ByKind, NextTokens, TopTokens, top_tokens
 from ..twins import DISTANCES, overlapping
 
 Weights = Mapping[str, Tensor]
@@ -42,12 +43,14 @@ def coadapt(
     overlap: float = 0.95,
     only: str = "*",
     rank: int | str = "own",
+    top: int = 64,
     held_out: float = 0.05,
     patience: int = 3,
     seed: int = 0,
     _originals: Mapping[str, Weights] | None = None,
     _precision: str = "auto",
-    _expert_features: Callable[[str, Tensor], Tensor] | None = None,
+    _base_features: Callable[[Any], Any] | None = None,
+    _expert_features: Callable[[str, Any], Any] | None = None,
     _checkpoint: Checkpoint | None = None,
     _log: Path | None = None,
     _tick: Tick = lambda _advance=1, **_terms: None,
@@ -67,34 +70,51 @@ def coadapt(
                experts said before any adapting (a direct call: what ``expert`` and ``others`` say)
     low, high  the scales of the merges trained in. Sentences whose best scale is another still gain
     overlap    as in `ri`: classes of other heads that the own head has too take no part in the second term
-    only, rank, distance, temperature, held_out, patience   as in `ri`
+    only, rank, distance, temperature, top, held_out, patience   as in `ri`
+
+    A language model (see `ri`) is to say in the merges what each expert says on its own prompts, and what the base says on
+    generic text; half of a batch is of the own kind.
 
     A step costs one forward and one backward pass; targets are one forward pass of every expert on the inputs used, once
     for all. ``ri | coadapt | ties`` is a sentence; ``coadapt | coadapt`` goes round twice.
 
-    Raises HeadError if ``own`` is not among the heads, or another expert has none; RecipeError for language models;
-    ValueError at a knob out of range.
+    Raises HeadError if ``own`` is not among the heads, or another expert has none; ValueError at a knob out of range.
     Source: ours; block-coordinate descent on merging after Resolving Interference (arXiv 2603.13467).
     """
     check(
         steps=steps, lr=lr, low=low, high=high, alpha=alpha, batch=batch, distance=distance, temperature=temperature,
-        overlap=overlap, rank=rank, held_out=held_out,
+        overlap=overlap, rank=rank, top=top, held_out=held_out,
     )  # fmt: skip
-    if isinstance(inputs, Prompts):
-        raise RecipeError("coadapt works through heads, which a language model has not; use ri")
-    if missing := [name for name in (own, *others) if name not in heads]:
-        raise HeadError(f"expert '{missing[0]}' has no head of that name; heads: {', '.join(heads)}")
-    everyone = {name: head for name, head in heads.items() if name == own or name in others}
+    known_as = inputs.names if isinstance(inputs, Prompts) else tuple(heads)
+    if missing := [name for name in (own, *others) if name not in known_as]:
+        what = "prompts" if isinstance(inputs, Prompts) else "head"
+        raise HeadError(f"expert '{missing[0]}' has no {what} of that name; there are: {', '.join(known_as)}")
     wanted = _originals or {own: expert, **others}
-    split = Split(inputs, steps, batch, held_out, seed)
-    hidden = {name: same for name, (same, _) in overlapping(everyone, own, overlap).items()}
-    terms = Everyone(everyone, own, hidden=hidden, temperature=temperature, alpha=alpha, distance=distance)
+    how: dict[str, Any] = {"alpha": alpha, "distance": distance}
+    split: Any
+    terms: Any
+    if isinstance(inputs, Prompts):
+        if temperature != 1:
+            raise ValueError("temperature is about heads, which a language model has not")
+        split = Halves(inputs, own, steps, batch, held_out, seed)
 
-    def said(name: str, at: Tensor) -> Tensor:
-        return features(encoder, wanted[name], Subset(inputs, at), kind=_precision, progress=targets_told(_tick))
+        def tokens(name: str, k: int) -> TopTokens:
+            return top_tokens(encoder, wanted[name], Subset(inputs, inputs.of(name)), k, kind=_precision, tick=_tick)
 
-    at = split.everything
-    terms.remember_all(at, len(inputs), {name: (_expert_features or said)(name, at) for name in everyone})
+        theirs = _base_features(top) if _base_features else top_tokens(encoder, base, inputs, top, kind=_precision)
+        mine = {name: (_expert_features or tokens)(name, top) for name in inputs.names if name in wanted}
+        terms = NextTokens(inputs, own, wanted=ByKind(inputs, mine, theirs), **how)
+    else:
+        split = Split(inputs, steps, batch, held_out, seed)
+        everyone = {name: head for name, head in heads.items() if name == own or name in others}
+        hidden = {name: same for name, (same, _) in overlapping(everyone, own, overlap).items()}
+        terms = Everyone(everyone, own, hidden=hidden, temperature=temperature, **how)
+
+        def said(name: str, at: Tensor) -> Tensor:
+            return features(encoder, wanted[name], Subset(inputs, at), kind=_precision, progress=targets_told(_tick))
+
+        at = split.everything
+        terms.remember_all(at, len(inputs), {name: (_expert_features or said)(name, at) for name in everyone})
     trained = Ranked(expert, chosen(trainable(expert, base, encoder), only), rank, seed)
     student = Inside(expert, base, others, encoder, inputs, trained, _precision, (low, high), seed)
 
@@ -107,7 +127,7 @@ def coadapt(
 
 def check(**knobs: Any) -> None:
     """Raise ValueError at a knob out of range, before any work."""
-    for name in ("steps", "batch", "lr", "temperature", "overlap"):
+    for name in ("steps", "batch", "lr", "temperature", "overlap", "top"):
         if name in knobs and not knobs[name] > 0:
             raise ValueError(f"{name} must be positive, got {knobs[name]}")
     if knobs.get("alpha", 1) < 0:

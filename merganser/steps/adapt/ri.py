@@ -15,7 +15,7 @@ from ...train import Checkpoint, Plan
 from ..moving import chosen
 from ..rank import Ranked, check_rank
 from ..student import Halves, Split, Student, targets_told, trainable
-from ..tokens import NextTokens, TopTokens, top_tokens
+from ..tokens import ByKind, NextTokens, TopTokens, top_tokens
 from ..twins import DISTANCES, FORMS, Twins, overlapping
 
 
@@ -138,7 +138,7 @@ def _spoken(
     """Return the terms of a language model, with the expert's targets on its own prompts and the base's on all texts."""
     mine = top_tokens(encoder, expert, Subset(inputs, inputs.of(own)), top, kind=kind, tick=tick)
     theirs = base_tokens(top) if base_tokens else top_tokens(encoder, base, inputs, top, kind=kind, tick=tick)
-    return NextTokens(inputs, own, base=theirs, expert=mine, **how)
+    return NextTokens(inputs, own, wanted=ByKind(inputs, {own: mine}, theirs), **how)
 
 
 def check(**knobs: Any) -> None:
