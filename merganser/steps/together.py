@@ -12,7 +12,7 @@ from ..models.encoder import bound, forward, loaded
 from ..models.inputs import take
 from ..models.statistics import counters, is_statistic, moving, norms
 from .rank import Ranked
-from .student import Student, moved
+from .student import Student
 from .twins import Twins
 
 Weights = Mapping[str, Tensor]
@@ -21,9 +21,11 @@ Weights = Mapping[str, Tensor]
 class Inside(Student):
     """The features of ``inputs`` by merges of the student with ``others``, the student's own numbers being trained.
 
-        theta(b) = base + b (student - base + sum_j (theta_j - base)),   b ~ U(low, high), drawn anew for each batch
+        theta(b) = base + b (delta + student - expert),   b ~ U(low, high), drawn anew for each batch
 
-    Batch norms normalise by the batch, as statistics measured anew after merging would.
+    ``delta``: what ``merger`` makes of the expert and the others, once. For a sum it is exact to add what the student has
+    changed since; for any other merger that is its derivative as if it were a sum. Batch norms normalise by the batch, as
+    statistics measured anew after merging would.
     """
 
     def __init__(
@@ -37,21 +39,18 @@ class Inside(Student):
         kind: str,
         scales: tuple[float, float],
         seed: int,
+        merger: str = "task_arithmetic",
     ):
         super().__init__(expert, encoder, inputs, trained.moving, kind)
         self.scales, self.seed = scales, seed
         mine = set(self.moving.names)
         known = {n.removeprefix(self.prefix) for n in bound(encoder, base)}
-        changed = {n: None for one in (expert, *others.values()) for n in moved(one, base)}
+        delta = merged_delta({"": expert, **others}, base, merger)
         self.base: dict[str, Tensor] = {}
-        self.away: dict[
-            str, Tensor
-        ] = {}  # what is added to the student's own tensor, or to the base's where it has none
-        for name in (n for n in changed if n in known and not is_statistic(n)):
-            zero = base[name].float()
-            total = sum((one[name].float() - zero for one in others.values()), torch.zeros_like(zero))
-            self.base[name] = there(zero)
-            self.away[name] = there(total - zero if name in mine else total + expert[name].float() - zero)
+        self.away: dict[str, Tensor] = {}  # added to the student's own tensor, or to the base's where it has none
+        for name in (n for n in base if n in delta and n in known and not is_statistic(n)):
+            self.base[name] = there(base[name].float())
+            self.away[name] = there(delta[name] - expert[name].float() if name in mine else delta[name])
         merged = {self.prefix + name for name in self.base}
         self.fixed = {n: t for n, t in loaded(encoder, base).items() if n not in merged}
         self.has_norms = bool(norms(encoder))
@@ -76,6 +75,18 @@ class Inside(Student):
         mixed = (int((at * (1 + torch.arange(len(at)))).sum()) * 1_000_003 + self.seed) % 2**31
         low, high = self.scales
         return low + (high - low) * torch.rand((), generator=torch.Generator().manual_seed(mixed)).item()
+
+
+def merged_delta(experts: Mapping[str, Weights], base: Weights, merger: str) -> dict[str, Tensor]:
+    """Return what a merging sentence adds to the base, in fp32, by the names of tensors that any expert has moved."""
+    from ..loop import merged_deltas
+    from ..sentence import parse
+
+    names = [n for n in base if any(n in one and not torch.equal(one[n], base[n]) for one in experts.values())]
+    if merger != "task_arithmetic":
+        return {n: t.float() for n, t in merged_deltas(base, experts, parse(merger), names).items()}
+    sums = {n: base[n].float() for n in names if base[n].is_floating_point()}
+    return {n: sum((one[n].float() - t for one in experts.values()), torch.zeros_like(t)) for n, t in sums.items()}
 
 
 class Everyone(Twins):

@@ -102,6 +102,22 @@ def test_what_others_moved_counts_and_only_what_the_own_moved_is_trained(toy):
     assert not torch.equal(out["3.weight"], elsewhere["3.weight"])
 
 
+def test_another_merger_is_what_the_student_begins_in(toy):
+    from merganser.steps.rank import Ranked
+    from merganser.steps.together import Inside
+
+    own = toy.experts["east"]
+    others = {n: w for n, w in toy.experts.items() if n != "east"}
+    at = torch.arange(8)
+    for merger in ("task_arithmetic", "tsv", "ties(density=0.5)"):
+        student = Inside(own, toy.base, others, toy.encoder, toy.inputs, Ranked(own, list(toy.base), 0, 0), "fp32",
+                         (0.7, 0.7), 0, merger)  # fmt: skip
+        merged = merganser.merge(toy.base, toy.experts, f"{merger} | scale(by=0.7)")
+        torch.testing.assert_close(student(at), functional_call(toy.encoder, merged, (toy.inputs[at],)))
+        student.moving.params["3.bias"].data += 1
+        torch.testing.assert_close(student(at), functional_call(toy.encoder, merged, (toy.inputs[at],)) + 0.7)
+
+
 def test_interrupted_at_any_expert_it_ends_in_the_same_bytes(toy, tmp_path):
     how = f"ri(steps=5, lr=0.003) | {SENTENCE}"
     whole = adapt(toy, how)
@@ -154,6 +170,15 @@ def test_bad_input_is_one_clear_error(toy):
     given = {"encoder": toy.encoder, "others": others}
     with pytest.raises(HeadError, match="'nobody' has no head"):
         coadapt(toy.experts["east"], toy.base, toy.heads, toy.inputs, own="nobody", **given)
-    for knob in ("low=0", "low=0.9, high=0.5", "steps=0", "alpha=-1", "distance='far'", "rank='thin'", "held_out=1"):
+    for knob in (
+        "low=0",
+        "low=0.9, high=0.5",
+        "steps=0",
+        "alpha=-1",
+        "distance='far'",
+        "rank='thin'",
+        "held_out=1",
+        "merger='ri | ties'",
+    ):
         with pytest.raises(SentenceError, match=knob.split("=")[0].split(",")[0]):
             adapt(toy, f"coadapt({knob})")

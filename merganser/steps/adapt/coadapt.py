@@ -11,6 +11,7 @@ from ...models.encoder import features
 from ...models.heads import AnyHead
 from ...models.inputs import Prompts, Subset
 from ...progress import Tick
+from ...sentence import parse
 from ...train import Checkpoint, Plan
 from ..moving import chosen
 from ..rank import Ranked, check_rank
@@ -33,6 +34,7 @@ def coadapt(
     others: Mapping[str, Weights],
     steps: int = 300,
     lr: float = 5e-5,
+    merger: str = "task_arithmetic",
     low: float = 0.4,
     high: float = 1.0,
     alpha: float = 1.0,
@@ -57,7 +59,7 @@ def coadapt(
 ) -> Weights:
     """Train ``expert`` inside merges with ``others`` on unlabeled ``inputs`` and return its new weights.
 
-        theta(b) = base + b (theta - base + sum_j (theta_j - base)),    b ~ U(low, high) anew for each batch
+        theta(b) = base + b (delta + theta - expert),   delta = sum_j (theta_j - base),   b ~ U(low, high) for each batch
         L(theta) = E_x,b [ d(h_own(f(x; expert_own)), h_own(f(x; theta(b))))
                            + alpha/(N-1) sum_{j != own} d(h_j(f(x; expert_j)), h_j(f(x; theta(b)))) ]
 
@@ -68,6 +70,8 @@ def coadapt(
 
     others     the other experts' weights at this time, by name. `merganser.adapt` gives them, and takes for targets what the
                experts said before any adapting (a direct call: what ``expert`` and ``others`` say)
+    merger     what makes delta of all experts: another merging sentence, such as "tsv", is worked out once for each expert,
+               and what the student changes is added to it as if it were a sum
     low, high  the scales of the merges trained in. Sentences whose best scale is another still gain
     overlap    as in `ri`: classes of other heads that the own head has too take no part in the second term
     only, rank, distance, temperature, top, held_out, patience   as in `ri`
@@ -82,8 +86,8 @@ def coadapt(
     Source: ours; block-coordinate descent on merging after Resolving Interference (arXiv 2603.13467).
     """
     check(
-        steps=steps, lr=lr, low=low, high=high, alpha=alpha, batch=batch, distance=distance, temperature=temperature,
-        overlap=overlap, rank=rank, top=top, held_out=held_out,
+        merger=merger, steps=steps, lr=lr, low=low, high=high, alpha=alpha, batch=batch, distance=distance,
+        temperature=temperature, overlap=overlap, rank=rank, top=top, held_out=held_out,
     )  # fmt: skip
     known_as = inputs.names if isinstance(inputs, Prompts) else tuple(heads)
     if missing := [name for name in (own, *others) if name not in known_as]:
@@ -116,7 +120,7 @@ def coadapt(
         at = split.everything
         terms.remember_all(at, len(inputs), {name: (_expert_features or said)(name, at) for name in everyone})
     trained = Ranked(expert, chosen(trainable(expert, base, encoder), only), rank, seed)
-    student = Inside(expert, base, others, encoder, inputs, trained, _precision, (low, high), seed)
+    student = Inside(expert, base, others, encoder, inputs, trained, _precision, (low, high), seed, merger)
 
     def loss(at: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return terms(at, student(at))
@@ -132,6 +136,9 @@ def check(**knobs: Any) -> None:
             raise ValueError(f"{name} must be positive, got {knobs[name]}")
     if knobs.get("alpha", 1) < 0:
         raise ValueError(f"alpha must not be negative, got {knobs['alpha']}")
+    merging = parse(knobs.get("merger", "task_arithmetic"))
+    if merging.adapt or any(step.ingredients for step in merging.steps):
+        raise ValueError(f"merger must be a merging sentence without ingredients, got '{merging}'")
     low, high = knobs.get("low", 0.4), knobs.get("high", 1.0)
     if not 0 < low <= high:
         raise ValueError(f"scales must be 0 < low <= high, got low={low}, high={high}")
