@@ -139,6 +139,7 @@ def train(
     *,
     buffers: Mapping[str, Tensor] | None = None,
     held_out: HeldOut | None = None,
+    micro: int = 0,
     checkpoint: Checkpoint | None = None,
     tick: Tick = lambda _advance=1, **_terms: None,
 ) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
@@ -146,7 +147,8 @@ def train(
 
     ``loss(indices)`` returns the loss and its terms, and may change ``buffers`` in place: checkpoints keep them too.
     ``held_out()`` returns terms with a ``loss``: the tensors with the lowest one are returned, and after
-    ``plan.patience`` checks without a new lowest (0: never) the run stops.
+    ``plan.patience`` checks without a new lowest (0: never) the run stops. ``micro``: so many inputs of a batch at a time,
+    their gradients added up (0: all at once), so that activations take memory for no more.
     """
     names = list(params)
     for tensor in params.values():
@@ -161,22 +163,33 @@ def train(
             best = _look(run, params, held_out(), best)
         if run.step >= plan.steps or (plan.patience and run.stale >= plan.patience):
             break
-        value, terms = loss(order(run.step))
+        at = order(run.step)
         for group in optimiser.param_groups:
             group["lr"] = plan.rate(run.step)
         optimiser.zero_grad(set_to_none=True)
-        value.backward()
+        shown = _backward(loss, at, micro)
         if plan.clip:
             torch.nn.utils.clip_grad_norm_(list(params.values()), plan.clip)
         optimiser.step()
         run.step += 1
-        shown = {"loss": value.item(), **{k: v.item() for k, v in terms.items()}}
         run.history.append({"step": run.step, "steps": plan.steps, **shown})
         tick(1, **shown)
         if checkpoint is not None and checkpoint.due():
             _write(checkpoint, run, params, buffers, optimiser, best, names)
     chosen = best if best is not None and run.best_step != run.step else {n: params[n].detach() for n in names}
     return {n: t.detach() for n, t in chosen.items()}, run.history
+
+
+def _backward(loss: Loss, at: Tensor, micro: int) -> dict[str, float]:
+    """Add the gradient of the loss to the parameters; return loss and terms, means over the batch."""
+    shown: dict[str, float] = {}
+    for part in at.split(micro) if micro and at.ndim else [at]:
+        share = part.numel() / max(1, at.numel())
+        value, terms = loss(part)
+        (value * share if share != 1 else value).backward()
+        for name, term in {"loss": value, **terms}.items():
+            shown[name] = shown.get(name, 0.0) + share * term.item()
+    return shown
 
 
 def write_log(path: Path, history: list[dict[str, float]]) -> None:

@@ -35,6 +35,7 @@ class Student:
         split: "Split | Halves",
         plan: Plan,
         *,
+        micro: int = 0,
         checkpoint: Checkpoint | None,
         log: Path | None,
         tick: Tick,
@@ -52,7 +53,7 @@ class Student:
 
         scored = held if len(split.kept) else None
         best, history = train(
-            self.moving.params, loss, split.order, plan, held_out=scored, checkpoint=checkpoint, tick=tick
+            self.moving.params, loss, split.order, plan, held_out=scored, micro=micro, checkpoint=checkpoint, tick=tick
         )
         if log is not None:
             write_log(log, history)

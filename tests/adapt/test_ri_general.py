@@ -183,3 +183,30 @@ def test_knobs_out_of_range_are_told_before_work(toy, how, says):
 def test_patterns_may_be_several():
     assert chosen(["a.x", "a.y", "b.x"], "a.*, *.x") == ["a.x", "a.y", "b.x"]
     assert chosen([], "z") == []
+
+
+@pytest.mark.parametrize("how", ["ri", "distac"])
+def test_a_batch_in_small_parts_is_the_same_step(toy, how):
+    """Gradients add up to the batch's: weights differ by rounding alone, and not with the size of the parts."""
+    sizes = []
+
+    def counted(x):
+        sizes.append(len(x))
+        return toy.heads["east"](x)
+
+    def adapted(micro):
+        step = f"{how}(steps=6, lr=0.003, batch=48, held_out=0.0, micro={micro})"
+        one = {"east": toy.experts["east"]}
+        heads = {**toy.heads, "east": counted}
+        return merganser.adapt(
+            toy.base, one, encoder=toy.encoder, heads=heads, inputs=toy.inputs, how=step, kind="fp32"
+        )
+
+    whole = adapted(0)["east"]
+    assert 48 in sizes
+    sizes.clear()
+    parts = adapted(20)["east"]
+    assert 48 not in sizes
+    assert {20, 8} <= set(sizes)
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=2e-6)

@@ -39,6 +39,7 @@ def coadapt(
     high: float = 1.0,
     alpha: float = 1.0,
     batch: int = 32,
+    micro: int = 0,
     weight_decay: float = 1e-4,
     distance: str = "kl",
     temperature: float = 1.0,
@@ -74,7 +75,7 @@ def coadapt(
                and what the student changes is added to it as if it were a sum
     low, high  the scales of the merges trained in. Sentences whose best scale is another still gain
     overlap    as in `ri`: classes of other heads that the own head has too take no part in the second term
-    only, rank, distance, temperature, top, held_out, patience   as in `ri`
+    only, rank, micro, distance, temperature, top, held_out, patience   as in `ri`
 
     A language model (see `ri`) is to say in the merges what each expert says on its own prompts, and what the base says on
     generic text; half of a batch is of the own kind.
@@ -86,7 +87,7 @@ def coadapt(
     Source: ours; block-coordinate descent on merging after Resolving Interference (arXiv 2603.13467).
     """
     check(
-        merger=merger, steps=steps, lr=lr, low=low, high=high, alpha=alpha, batch=batch, distance=distance,
+        merger=merger, steps=steps, lr=lr, low=low, high=high, alpha=alpha, batch=batch, micro=micro, distance=distance,
         temperature=temperature, overlap=overlap, rank=rank, top=top, held_out=held_out,
     )  # fmt: skip
     known_as = inputs.names if isinstance(inputs, Prompts) else tuple(heads)
@@ -126,7 +127,7 @@ def coadapt(
         return terms(at, student(at))
 
     plan = Plan(steps, lr, weight_decay, patience=patience)
-    return trained.result(student.train(loss, split, plan, checkpoint=_checkpoint, log=_log, tick=_tick))
+    return trained.result(student.train(loss, split, plan, micro=micro, checkpoint=_checkpoint, log=_log, tick=_tick))
 
 
 def check(**knobs: Any) -> None:
@@ -134,8 +135,9 @@ def check(**knobs: Any) -> None:
     for name in ("steps", "batch", "lr", "temperature", "overlap", "top"):
         if name in knobs and not knobs[name] > 0:
             raise ValueError(f"{name} must be positive, got {knobs[name]}")
-    if knobs.get("alpha", 1) < 0:
-        raise ValueError(f"alpha must not be negative, got {knobs['alpha']}")
+    for name in ("alpha", "micro"):
+        if knobs.get(name, 0) < 0:
+            raise ValueError(f"{name} must not be negative, got {knobs[name]}")
     merging = parse(knobs.get("merger", "task_arithmetic"))
     if merging.adapt or any(step.ingredients for step in merging.steps):
         raise ValueError(f"merger must be a merging sentence without ingredients, got '{merging}'")

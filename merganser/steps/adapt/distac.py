@@ -34,6 +34,7 @@ def distac(
     steps: int = 500,
     lr: float = 1e-5,
     batch: int = 128,
+    micro: int = 0,
     weight_decay: float = 0.0,
     held_out: float = 0.05,
     patience: int = 3,
@@ -58,14 +59,22 @@ def distac(
 
     Nothing is asked of the other heads (that is `ri`'s part; ``distac | ri`` is a sentence).
     Only tensors that fine-tuning moved are trained; batch norms keep the expert's running statistics. As in `ri`, a
-    share ``held_out`` of the inputs tells when to stop. Defaults are those of the published code, but ``by`` is ours
-    (its example has 0.1), and whether its pull is a sum, as here, or a mean we could not confirm.
+    share ``held_out`` of the inputs tells when to stop, and ``micro`` saves memory. Defaults are those of the published
+    code, but ``by`` is ours (its example has 0.1), and whether its pull is a sum, as here, or a mean we could not confirm.
 
     Raises HeadError if ``own`` is not among the heads; ValueError at a knob out of range.
     Source: DisTaC: Conditioning Task Vectors via Distillation for Robust Model Merging (ICLR 2026).
     """
     check(
-        by=by, temperature=temperature, sharper=sharper, pull=pull, steps=steps, lr=lr, batch=batch, held_out=held_out
+        by=by,
+        temperature=temperature,
+        sharper=sharper,
+        pull=pull,
+        steps=steps,
+        lr=lr,
+        batch=batch,
+        micro=micro,
+        held_out=held_out,
     )
     if own not in heads:
         raise HeadError(f"expert '{own}' has no head of that name; heads: {', '.join(heads)}")
@@ -87,7 +96,7 @@ def distac(
         return gap + pull * far.cpu(), {"own": gap.detach()}
 
     plan = Plan(steps, lr, weight_decay, patience=patience)
-    best = home(student.train(loss, split, plan, checkpoint=_checkpoint, log=_log, tick=_tick))
+    best = home(student.train(loss, split, plan, micro=micro, checkpoint=_checkpoint, log=_log, tick=_tick))
     return {n: best[n].to(expert[n].dtype) if n in best else expert[n] for n in expert}
 
 
@@ -96,7 +105,8 @@ def check(**knobs: Any) -> None:
     for name in ("steps", "batch", "lr", "temperature", "sharper", "by"):
         if name in knobs and not knobs[name] > 0:
             raise ValueError(f"{name} must be positive, got {knobs[name]}")
-    if knobs.get("pull", 0) < 0:
-        raise ValueError(f"pull must not be negative, got {knobs['pull']}")
+    for name in ("pull", "micro"):
+        if knobs.get(name, 0) < 0:
+            raise ValueError(f"{name} must not be negative, got {knobs[name]}")
     if not 0 <= knobs.get("held_out", 0) < 1:
         raise ValueError(f"held_out must lie in [0, 1), got {knobs['held_out']}")

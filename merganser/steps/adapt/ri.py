@@ -31,6 +31,7 @@ def ri(
     lr: float = 5e-5,
     alpha: float = 1.0,
     batch: int = 32,
+    micro: int = 0,
     weight_decay: float = 1e-4,
     distance: str = "kl",
     temperature: float = 1.0,
@@ -64,6 +65,7 @@ def ri(
              taken off) take no part in the other term: both terms cannot have them. Above 1: never
     form     the other term without knowing all heads: "rows" keeps the base's normalised features in the span of the
              other heads' rows, "features" keeps them altogether; both times the own head's row norm, squared, halved
+    micro    so many inputs of a batch at a time, their gradients added up (0: all at once): less memory, the same step
     sample   this many other heads a step, drawn anew, instead of all (0)
     only     patterns of the tensors that are trained, with commas
     rank     a change B A of this rank of each matrix instead of itself (0). "own": where the expert is a LoRA adapter, its
@@ -86,7 +88,7 @@ def ri(
     Raises HeadError if ``own`` is not among the heads or a head does not fit; ValueError at a knob out of range.
     Source: Resolving Interference (arXiv 2603.13467), section 5, algorithm 1.
     """
-    check(steps=steps, lr=lr, alpha=alpha, batch=batch, distance=distance, held_out=held_out)
+    check(steps=steps, lr=lr, alpha=alpha, batch=batch, distance=distance, held_out=held_out, micro=micro)
     check(temperature=temperature, form=form, sample=sample, overlap=overlap, rank=rank, pull=pull, top=top)
     known_as = inputs.names if isinstance(inputs, Prompts) else tuple(heads)
     if own not in known_as:
@@ -119,7 +121,7 @@ def ri(
         return (value + pull * moving.pull(moving.params, moves).to(value.device) if pull else value), told
 
     plan = Plan(steps, lr, weight_decay, patience=patience)
-    best = student.train(loss, split, plan, checkpoint=_checkpoint, log=_log, tick=_tick)
+    best = student.train(loss, split, plan, micro=micro, checkpoint=_checkpoint, log=_log, tick=_tick)
     return trained.result(best)
 
 
@@ -155,7 +157,7 @@ def check(**knobs: Any) -> None:
     if knobs.get("form", "heads") not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got '{knobs['form']}'")
     check_rank(knobs.get("rank", "own"))
-    for name in ("sample", "pull"):
+    for name in ("sample", "pull", "micro"):
         if knobs.get(name, 0) < 0:
             raise ValueError(f"{name} must not be negative, got {knobs[name]}")
     if not knobs.get("overlap", 1) > 0:
