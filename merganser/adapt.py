@@ -74,15 +74,11 @@ def adapt(
     same = {"base": digest(theta0), "heads": heads_key or heads_digest(heads), "inputs": inputs_digest(inputs)}
     given: dict[str, Any] = {"encoder": encoder, "_precision": kind}
     originals = dict(thetas)
-    by_expert: dict[str, Any] = {}
     if isinstance(inputs, Prompts):
         given["_base_features"] = remembered_tokens(encoder, theta0, inputs, kind, key_of([same, kind]), into)
-        for name, theta in originals.items():  # each on its own prompts alone
-            by_expert[name] = remembered_tokens(encoder, theta, Subset(inputs, inputs.of(name)), kind)
     else:
         given["_base_features"] = remembered(encoder, theta0, inputs, kind)
-        by_expert = {name: remembered(encoder, theta, inputs, kind) for name, theta in originals.items()}
-    together = {"_originals": originals, "_expert_features": lambda name, what: by_expert[name](what)}
+    together = {"_originals": originals, "_expert_features": _by_expert(encoder, originals, inputs, kind)}
 
     def place(told: str) -> Path | None:
         return _place(told) if _place else _within(into, told, how_text(steps))
@@ -147,6 +143,16 @@ class _Expert:
         for leftover in folder.glob("checkpoint-*.safetensors"):
             leftover.unlink()
         return written
+
+
+def _by_expert(encoder: nn.Module, experts: Mapping[str, Mapping[str, Tensor]], inputs: Any, kind: str) -> Any:
+    """Return a function from an expert's name to what it says: as `remembered`, a language model's on its own prompts."""
+    if isinstance(inputs, Prompts):
+        own = {name: Subset(inputs, inputs.of(name)) for name in experts}
+        known = {name: remembered_tokens(encoder, w, own[name], kind) for name, w in experts.items()}
+    else:
+        known = {name: remembered(encoder, weights, inputs, kind) for name, weights in experts.items()}
+    return lambda name, what: known[name](what)
 
 
 def _taken(step: Step, given: Mapping[str, Any]) -> dict[str, Any]:

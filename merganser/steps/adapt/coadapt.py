@@ -94,32 +94,24 @@ def coadapt(
     if missing := [name for name in (own, *others) if name not in known_as]:
         what = "prompts" if isinstance(inputs, Prompts) else "head"
         raise HeadError(f"expert '{missing[0]}' has no {what} of that name; there are: {', '.join(known_as)}")
-    wanted = _originals or {own: expert, **others}
+    if isinstance(inputs, Prompts) and temperature != 1:
+        raise ValueError("temperature is about heads, which a language model has not")
     how: dict[str, Any] = {"alpha": alpha, "distance": distance}
+    ask = _Ask(encoder, _originals or {own: expert, **others}, inputs, _precision, _tick)
     split: Any
     terms: Any
     if isinstance(inputs, Prompts):
-        if temperature != 1:
-            raise ValueError("temperature is about heads, which a language model has not")
         split = Halves(inputs, own, steps, batch, held_out, seed)
-
-        def tokens(name: str, k: int) -> TopTokens:
-            return top_tokens(encoder, wanted[name], Subset(inputs, inputs.of(name)), k, kind=_precision, tick=_tick)
-
         theirs = _base_features(top) if _base_features else top_tokens(encoder, base, inputs, top, kind=_precision)
-        mine = {name: (_expert_features or tokens)(name, top) for name in inputs.names if name in wanted}
+        mine = {name: (_expert_features or ask.tokens)(name, top) for name in inputs.names if name in ask.experts}
         terms = NextTokens(inputs, own, wanted=ByKind(inputs, mine, theirs), **how)
     else:
         split = Split(inputs, steps, batch, held_out, seed)
         everyone = {name: head for name, head in heads.items() if name == own or name in others}
         hidden = {name: same for name, (same, _) in overlapping(everyone, own, overlap).items()}
         terms = Everyone(everyone, own, hidden=hidden, temperature=temperature, **how)
-
-        def said(name: str, at: Tensor) -> Tensor:
-            return features(encoder, wanted[name], Subset(inputs, at), kind=_precision, progress=targets_told(_tick))
-
         at = split.everything
-        terms.remember_all(at, len(inputs), {name: (_expert_features or said)(name, at) for name in everyone})
+        terms.remember_all(at, len(inputs), {n: (_expert_features or ask.features)(n, at) for n in everyone})
     trained = Ranked(expert, chosen(trainable(expert, base, encoder), only), rank, seed)
     student = Inside(expert, base, others, encoder, inputs, trained, _precision, (low, high), seed, merger)
 
@@ -128,6 +120,22 @@ def coadapt(
 
     plan = Plan(steps, lr, weight_decay, patience=patience)
     return trained.result(student.train(loss, split, plan, micro=micro, checkpoint=_checkpoint, log=_log, tick=_tick))
+
+
+class _Ask:
+    """What the experts say, where nobody has remembered it."""
+
+    def __init__(self, encoder: nn.Module, experts: Mapping[str, Weights], inputs: Any, kind: str, tick: Tick):
+        self.encoder, self.experts, self.inputs, self.kind, self.tick = encoder, experts, inputs, kind, tick
+
+    def features(self, name: str, at: Tensor) -> Tensor:
+        some, told = Subset(self.inputs, at), targets_told(self.tick)
+        return features(self.encoder, self.experts[name], some, kind=self.kind, progress=told)
+
+    def tokens(self, name: str, top: int) -> TopTokens:
+        """An expert's most likely next tokens on its own prompts."""
+        mine = Subset(self.inputs, self.inputs.of(name))
+        return top_tokens(self.encoder, self.experts[name], mine, top, kind=self.kind, tick=self.tick)
 
 
 def check(**knobs: Any) -> None:
