@@ -13,12 +13,13 @@ from ...models.inputs import Prompts, Subset
 from ...progress import Tick
 from ...sentence import parse
 from ...train import Checkpoint, Plan
+from ..knobs import check_training
 from ..moving import chosen
-from ..rank import Ranked, check_rank
+from ..rank import Ranked
 from ..student import Halves, Split, targets_told, trainable
 from ..together import Everyone, Inside
 from ..tokens import ByKind, NextTokens, TopTokens, top_tokens
-from ..twins import DISTANCES, overlapping
+from ..twins import overlapping
 
 Weights = Mapping[str, Tensor]
 
@@ -140,20 +141,10 @@ class _Ask:
 
 def check(**knobs: Any) -> None:
     """Raise ValueError at a knob out of range, before any work."""
-    for name in ("steps", "batch", "lr", "temperature", "overlap", "top"):
-        if name in knobs and not knobs[name] > 0:
-            raise ValueError(f"{name} must be positive, got {knobs[name]}")
-    for name in ("alpha", "micro"):
-        if knobs.get(name, 0) < 0:
-            raise ValueError(f"{name} must not be negative, got {knobs[name]}")
+    check_training(**knobs)
     merging = parse(knobs.get("merger", "task_arithmetic"))
     if merging.adapt or any(step.ingredients for step in merging.steps):
         raise ValueError(f"merger must be a merging sentence without ingredients, got '{merging}'")
     low, high = knobs.get("low", 0.4), knobs.get("high", 1.0)
     if not 0 < low <= high:
         raise ValueError(f"scales must be 0 < low <= high, got low={low}, high={high}")
-    if knobs.get("distance", "kl") not in DISTANCES:
-        raise ValueError(f"distance must be one of {', '.join(DISTANCES)}, got '{knobs['distance']}'")
-    check_rank(knobs.get("rank", "own"))
-    if not 0 <= knobs.get("held_out", 0) < 1:
-        raise ValueError(f"held_out must lie in [0, 1), got {knobs['held_out']}")

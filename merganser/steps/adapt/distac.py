@@ -14,6 +14,7 @@ from ...models.heads import AnyHead
 from ...models.inputs import Subset
 from ...progress import Tick
 from ...train import Checkpoint, Plan
+from ..knobs import check_training
 from ..moving import Moving
 from ..student import Split, Student, targets_told, trainable
 from ..twins import distance
@@ -102,11 +103,4 @@ def distac(
 
 def check(**knobs: Any) -> None:
     """Raise ValueError at a knob out of range, before any work."""
-    for name in ("steps", "batch", "lr", "temperature", "sharper", "by"):
-        if name in knobs and not knobs[name] > 0:
-            raise ValueError(f"{name} must be positive, got {knobs[name]}")
-    for name in ("pull", "micro"):
-        if knobs.get(name, 0) < 0:
-            raise ValueError(f"{name} must not be negative, got {knobs[name]}")
-    if not 0 <= knobs.get("held_out", 0) < 1:
-        raise ValueError(f"held_out must lie in [0, 1), got {knobs['held_out']}")
+    check_training(**knobs)

@@ -12,11 +12,12 @@ from ...models.heads import AnyHead
 from ...models.inputs import Prompts, Subset
 from ...progress import Tick
 from ...train import Checkpoint, Plan
+from ..knobs import check_training
 from ..moving import chosen
-from ..rank import Ranked, check_rank
+from ..rank import Ranked
 from ..student import Halves, Split, Student, targets_told, trainable
 from ..tokens import ByKind, NextTokens, TopTokens, top_tokens
-from ..twins import DISTANCES, FORMS, Twins, overlapping
+from ..twins import FORMS, Twins, overlapping
 
 
 def ri(
@@ -145,22 +146,6 @@ def _spoken(
 
 def check(**knobs: Any) -> None:
     """Raise ValueError at a knob out of range, before any work."""
-    for name in ("steps", "batch", "lr", "top"):
-        if name in knobs and not knobs[name] > 0:
-            raise ValueError(f"{name} must be positive, got {knobs[name]}")
-    if knobs.get("alpha", 1) < 0:
-        raise ValueError(f"alpha must not be negative, got {knobs['alpha']}")
-    if knobs.get("distance", "kl") not in DISTANCES:
-        raise ValueError(f"distance must be one of {', '.join(DISTANCES)}, got '{knobs['distance']}'")
-    if not knobs.get("temperature", 1) > 0:
-        raise ValueError(f"temperature must be positive, got {knobs['temperature']}")
+    check_training(**knobs)
     if knobs.get("form", "heads") not in FORMS:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got '{knobs['form']}'")
-    check_rank(knobs.get("rank", "own"))
-    for name in ("sample", "pull", "micro"):
-        if knobs.get(name, 0) < 0:
-            raise ValueError(f"{name} must not be negative, got {knobs[name]}")
-    if not knobs.get("overlap", 1) > 0:
-        raise ValueError(f"overlap must be positive, got {knobs['overlap']}")
-    if not 0 <= knobs.get("held_out", 0) < 1:
-        raise ValueError(f"held_out must lie in [0, 1), got {knobs['held_out']}")
