@@ -13,11 +13,14 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from merganser.errors import RecipeError
 from merganser.evaluate.run import Labelled
+from merganser.learn.coefficients import adamerging
 from merganser.learn.measure import fisher, gram
 from merganser.models import device as rooms
 from merganser.models.encoder import features
 from merganser.models.heads import Head
+from merganser.models.inputs import Prompts, Texts
 from merganser.models.statistics import reset_statistics
+from merganser.steps.adapt.coadapt import coadapt
 from merganser.steps.adapt.distac import distac
 from merganser.steps.adapt.ri import ri
 from merganser.suites.finetune import finetune
@@ -95,6 +98,32 @@ def made():
     return net, base, expert, heads, inputs, task
 
 
+class Speaker(nn.Module):
+    """Logits of the next of five tokens from the one before."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.out = nn.Embedding(5, 6), nn.Linear(6, 5)
+
+    def forward(self, batch):
+        return self.out(torch.tanh(self.embed(batch["input_ids"])))
+
+
+def spoken():
+    """Return what adapting language models gives."""
+    torch.manual_seed(0)
+    net = Speaker().eval()
+    base = {name: t.clone() for name, t in net.state_dict().items()}
+    experts = {who: {n: t + 0.3 * torch.randn(t.shape) for n, t in base.items()} for who in ("a", "b")}
+    texts = Texts([torch.randint(5, (4 + k % 3,)) for k in range(24)])
+    inputs = Prompts(texts, torch.arange(24) % 3 - 1, ("a", "b"))
+    given = {"own": "a", "encoder": net, "top": 3, **SHORT}
+    return {
+        "ri": ri(experts["a"], base, {}, inputs, **given),
+        "coadapt": coadapt(experts["a"], base, {}, inputs, others={"b": experts["b"]}, **given),
+    }
+
+
 def results(folder):
     """Return what everything that runs a network gives."""
     net, base, expert, heads, inputs, task = made()
@@ -104,6 +133,11 @@ def results(folder):
     found["ri low"] = ri(*given, own="a", encoder=net, rank=2, **SHORT)
     found["ri features"] = ri(*given, own="a", encoder=net, form="features", **SHORT)
     found["ri pulled"] = ri(*given, own="a", encoder=net, pull=0.5, **SHORT)
+    other = {n: t + noise for (n, t), noise in zip(base.items(), expert.values(), strict=True) if t.is_floating_point()}
+    found["coadapt"] = coadapt(*given, own="a", encoder=net, others={"b": {**base, **other}}, **SHORT)
+    found["coefficients"] = adamerging(
+        base, {"a": expert, "b": {**base, **other}}, encoder=net, heads=heads, inputs=inputs, steps=3, kind="fp32"
+    )
     found["distac"] = distac(*given, own="a", encoder=net, **SHORT)
     found["statistics"] = reset_statistics(net, expert, inputs, batch=8, kind="fp32")
     found["fisher"] = fisher(net, expert, heads["a"], inputs)
@@ -115,9 +149,9 @@ def results(folder):
 
 
 def test_results_are_in_main_memory_and_those_of_the_cpu(far, tmp_path):
-    wanted = results(tmp_path / "near")
+    wanted = {**results(tmp_path / "near"), **{f"spoken {k}": v for k, v in spoken().items()}}
     far()
-    found = results(tmp_path / "far")
+    found = {**results(tmp_path / "far"), **{f"spoken {k}": v for k, v in spoken().items()}}
     for what, tensors in wanted.items():
         for name, tensor in tensors.items():
             assert type(found[what][name]) is Tensor, (what, name)
