@@ -243,11 +243,13 @@ def stages(sentences: Sequence[str], experts: Sequence[str], folder: Path) -> li
     A stage whose inputs have changed since is done again all the same; only `run` itself, which reads them, knows.
     """
     from .adapt import how_text, slug
+    from .adapt import stages as adapt_stages
 
     parsed = [parse(text) for text in sentences]
+    parts = [how_text([*before, *part]) for s in parsed for part, before in adapt_stages(s.adapt)]
     todo = [
         (f"adapt {expert} by {how}", Path("adapted") / slug(how) / expert / "card.json")
-        for how in dict.fromkeys(how_text(s.adapt) for s in parsed if s.adapt)
+        for how in dict.fromkeys(parts)
         for expert in experts
     ]
     todo += [(f"score {s}", Path("rows") / f"{slug(str(s))}.json") for s in parsed]

@@ -241,6 +241,24 @@ def test_bad_input_is_one_line_before_any_work(user, tmp_path, case):
     assert not (tmp_path / "out").exists()
 
 
+def test_sentences_that_begin_alike_share_their_adapted_experts(user, tmp_path):
+    recipe = (user / "recipe.toml").read_text()
+    start = recipe.index("sentences = [")
+    end = recipe.index("]\n", start) + 2
+    words = ["ri(steps=4, lr=0.003)", "ri(steps=4, lr=0.003) | coadapt(steps=4, lr=0.003)"]
+    told = f'sentences = ["{words[1]} | ties", "{words[0]} | ties"]\n'
+    (user / "together.toml").write_text(recipe[:start] + told + recipe[end:])
+    plan = json.loads(call("run", user / "together.toml", "--to", tmp_path / "out", "--dry-run", "--json").stdout)
+    adapting = [one["stage"] for one in plan["plan"]["stages"] if one["stage"].startswith("adapt")]
+    assert adapting == [f"adapt {n} by {w}" for w in words for n in ("stripes", "spots", "corners")]
+    done = call("run", user / "together.toml", "--to", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    folders = sorted(p.name for p in (tmp_path / "out" / "adapted").iterdir())
+    assert folders == ["ri-steps-4-lr-0.003", "ri-steps-4-lr-0.003-coadapt-steps-4-lr-0.003"]
+    again = json.loads(call("run", user / "together.toml", "--to", tmp_path / "out", "--dry-run", "--json").stdout)
+    assert all(one["done"] for one in again["plan"]["stages"])
+
+
 def test_verbs_on_one_recipe(user, done, tmp_path):
     to, told = done
     adapted = call(
