@@ -10,7 +10,7 @@ itself), ``file``,
 ``command``, ``about`` (before the tables) and ``notes`` (after them).
 
 README.md and the pages in docs show results between two comments, "results: FILE" and "end of results", which this
-fills with the gains of a suite's tuned rows.
+fills with the gains of a suite's tuned rows, or of a study.
 """
 
 import argparse
@@ -203,7 +203,8 @@ def shown(text: str) -> str:
     """Return a page with its results put in."""
 
     def put(found: re.Match[str]) -> str:
-        return f"{found[1]}{short(json.loads((RESULTS / found[2]).read_text(encoding='utf-8')))}\n{found[3]}"
+        told = json.loads((RESULTS / found[2]).read_text(encoding="utf-8"))
+        return f"{found[1]}{short_study(told) if 'study' in told else short(told)}\n{found[3]}"
 
     return SHOWN.sub(put, text)
 
@@ -216,6 +217,24 @@ def short(scores: Told) -> str:
         for name, without, with_, gain, _, xi in pair_rows(scores, tuned=True)
     ]
     ends = f"base {points(scores['base']['mean']['score'])}, experts {points(scores['experts']['mean']['score'])}"
+    return f"Mean score in percent ({ends}), scale chosen on validation:\n\n{table(head, lines)}"
+
+
+def short_study(told: Told) -> str:
+    """Return what a study found of every variation in one small table; gain and share are those of the last one."""
+    variations = told["variations"]
+    lines = []
+    for merger in told["mergers"]:
+        cells = [one["mergers"][merger] for one in variations]
+        with_ = [points(cell["with"]) for cell in cells]
+        share = cells[-1]["recovered"]
+        lines.append([
+            f"`{merger}`", points(cells[0]["without"]), *with_[:-1], f"**{with_[-1]}**", gain_of(cells[-1]["gain"]),
+            "–" if share is None else f"{100 * share:.0f} %",
+        ])  # fmt: skip
+    words = [f"with `{one['adapt']}`" for one in variations]
+    head = ["merger", "without", *words, "gain [95 % interval]", "of the loss"]
+    ends = f"experts {points(variations[-1]['experts'])}, mean of {told['seeds']} seeds"
     return f"Mean score in percent ({ends}), scale chosen on validation:\n\n{table(head, lines)}"
 
 
