@@ -233,11 +233,14 @@ def check_recipe(path: str | Path, into: str | Path | None = None) -> Findings:
         check_folder(found, Path(into))
         found.warnings = [one for one in found.warnings if one.where != "output"]  # a run goes on in its folder
     if into is not None and found.ok:
-        found.plan["stages"] = stages(recipe.sentences, list(recipe.experts), Path(into))
+        diagnosed = recipe.limits.diagnose > 0
+        found.plan["stages"] = stages(recipe.sentences, list(recipe.experts), Path(into), diagnosed=diagnosed)
     return found
 
 
-def stages(sentences: Sequence[str], experts: Sequence[str], folder: Path) -> list[dict[str, Any]]:
+def stages(
+    sentences: Sequence[str], experts: Sequence[str], folder: Path, *, diagnosed: bool = True
+) -> list[dict[str, Any]]:
     """Return what a run does, in order, and whether its folder has it already.
 
     A stage whose inputs have changed since is done again all the same; only `run` itself, which reads them, knows.
@@ -254,7 +257,8 @@ def stages(sentences: Sequence[str], experts: Sequence[str], folder: Path) -> li
     ]
     todo += [(f"score {s}", Path("rows") / f"{slug(str(s))}.json") for s in parsed]
     todo += [("score base and experts", Path("rows") / f"{slug('base and experts')}.json")]
-    todo += [("diagnose", Path("diagnosis.json")), ("write the best model", Path("merged") / "card.json")]
+    todo += [("diagnose", Path("diagnosis.json"))] if diagnosed else []
+    todo += [("write the best model", Path("merged") / "card.json")]
     todo += [("report", Path("report.html"))]
     return [{"stage": stage, "done": (folder / file).is_file()} for stage, file in todo]
 

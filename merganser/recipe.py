@@ -84,13 +84,14 @@ class InputsPart(_Part):
 class LimitPart(_Part):
     """At most so many rows of each task's splits are used, the first ones (None: all).
 
-    ``ensemble``: also score all experts side by side, a forward pass of each on every test input.
+    ``diagnose``: of the test split, for the interference; 0: it is not measured. ``ensemble``: also score all experts side
+    by side, a forward pass of each on every test input.
     """
 
     train: Positive | None = None
     val: Positive | None = 500
     test: Positive | None = None
-    diagnose: Positive = 300
+    diagnose: Annotated[int, Field(ge=0)] = 300
     ensemble: bool = True
 
 

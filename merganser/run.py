@@ -91,7 +91,7 @@ def run(recipe: "Recipe | str | Path", to: str | Path = "run", *, progress: Prog
     shifts = [row.in_domains() for row in (base, own, *rows)] if ready.domains else []
     diagnosis = diagnose_all(ready, experts, rows, stages)
     keep_best(ready, experts, rows, stages)
-    xi = {entry["sentence"]: entry["sum"] for entry in diagnosis["xi"]}
+    xi = {entry["sentence"]: entry["sum"] for entry in diagnosis["xi"]} if diagnosis else {}
     results = table(base.scores, own.scores, rows, xi)
     for told_row, row in zip(results["rows"], rows, strict=True):
         told_row["consumed"] = consumed(ready, row)
@@ -109,7 +109,10 @@ def run(recipe: "Recipe | str | Path", to: str | Path = "run", *, progress: Prog
         "overall": {name: overall_gain(rows, tuned) for name, tuned in (("tuned", True), ("default", False))},
     }
     write_json(folder / "scores.json", told)
-    write_json(folder / "diagnosis.json", diagnosis)
+    if diagnosis:
+        write_json(folder / "diagnosis.json", diagnosis)
+    else:
+        (folder / "diagnosis.json").unlink(missing_ok=True)  # an earlier run's would be shown as this one's
     earlier = (read_json(folder / "run.json") or {}).get("seconds_in_all", 0)
     seconds = round(time.monotonic() - started, 3)
     write_json(
@@ -214,10 +217,17 @@ def score_ends(ready: Prepared, stages: _Stages) -> tuple[Row, Row, dict[str, Sc
     return base, experts, {row.sentence: row.scores for row in more}
 
 
-def diagnose_all(ready: Prepared, experts: Mapping[str, Any], rows: list[Row], stages: _Stages) -> dict[str, Any]:
-    """Return drift before and after adapting and the interference of every tuned sentence, as JSON values."""
+def diagnose_all(
+    ready: Prepared, experts: Mapping[str, Any], rows: list[Row], stages: _Stages
+) -> dict[str, Any] | None:
+    """Return drift before and after adapting and the interference of every tuned sentence, as JSON values.
+
+    None where the recipe wants none (``limits.diagnose = 0``).
+    """
     from .models.inputs import Subset, torch
 
+    if not ready.recipe.limits.diagnose:
+        return None
     started = time.monotonic()
     chosen = [r for r in rows if r.tuned] or rows
     key = key_of([ready.scored_on, {h: _keys(ready, e) for h, e in experts.items()}, [r.sentence for r in chosen]])

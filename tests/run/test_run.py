@@ -259,6 +259,23 @@ def test_sentences_that_begin_alike_share_their_adapted_experts(user, tmp_path):
     assert all(one["done"] for one in again["plan"]["stages"])
 
 
+def test_without_a_diagnosis_there_is_a_report_all_the_same(user, tmp_path):
+    recipe = (user / "recipe.toml").read_text()
+    (user / "plain.toml").write_text(f"{recipe}\n[limits]\ndiagnose = 0\n")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "diagnosis.json").write_text("{}")  # an earlier run's
+    plan = json.loads(call("run", user / "plain.toml", "--to", out, "--dry-run", "--json").stdout)["plan"]
+    assert "diagnose" not in [one["stage"] for one in plan["stages"]]
+    done = call("run", user / "plain.toml", "--to", out)
+    assert done.exit_code == 0, done.output
+    assert not (out / "diagnosis.json").exists()
+    page = (out / "report.html").read_text()
+    assert "Scores by task" in page
+    assert "Where the experts interfere" not in page
+    assert all(row["xi"] is None for row in json.loads((out / "scores.json").read_text())["rows"])
+
+
 def test_verbs_on_one_recipe(user, done, tmp_path):
     to, told = done
     adapted = call(
