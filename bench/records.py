@@ -55,12 +55,13 @@ def gain_of(told: Told | None) -> str:
 def pair_rows(scores: Told, tuned: bool) -> list[list[str]]:
     """Return a line for each merger that was run with and without adapting."""
     found = []
+    words = {gain["adapt"] for gain in scores["gains"]}
     for gain in (g for g in scores["gains"] if g["tuned"] == tuned):
         without, with_ = scores["rows"][gain["without"]], scores["rows"][gain["with"]]
         xi = [row["xi"] for row in (without, with_)]
         recovered = gain["recovered"]
         found.append([
-            f"`{gain['merge']}`",
+            f"`{gain['merge']}`" + (f" by `{gain['adapt']}`" if len(words) > 1 else ""),
             *(f"{points(row['mean']['score'])} (scale {row['scale']:g})" for row in (without, with_)),
             gain_of(gain["gain"]),
             "–" if recovered is None else f"{100 * recovered:.0f} %",
@@ -84,7 +85,9 @@ def suite(scores: Told) -> str:
             overall = scores.get("overall", {}).get("tuned" if tuned else "default")
             if overall:
                 rows.append(["mean", "", "", gain_of(overall), "", ""])
-            head = ["merger", "without", "with `ri`", "gain, points [95 % interval]", "recovered", "xi without -> with"]
+            many = len({gain["adapt"] for gain in scores["gains"]}) > 1
+            with_ = "adapted" if many else "with `ri`"
+            head = ["merger", "without", with_, "gain, points [95 % interval]", "recovered", "xi without -> with"]
             parts += [name, table(head, rows)]
         if alone := other_rows(scores, tuned):
             parts += ["" if rows else name, table(["sentence", "mean"], alone)]
@@ -234,7 +237,8 @@ def short_study(told: Told) -> str:
         ])  # fmt: skip
     words = [f"with `{one['adapt']}`" for one in variations]
     head = ["merger", "without", *words, "gain [95 % interval]", "of the loss"]
-    ends = f"experts {points(variations[-1]['experts'])}, mean of {told['seeds']} seeds"
+    seeds = f"mean of {told['seeds']} seeds" if told["seeds"] > 1 else "one seed"
+    ends = f"experts {points(variations[-1]['experts'])}, {seeds}"
     return f"Mean score in percent ({ends}), scale chosen on validation:\n\n{table(head, lines)}"
 
 
