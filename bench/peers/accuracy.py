@@ -297,7 +297,9 @@ class Bench:
             ).returncode
         if status:
             lines = log.read_text(errors="replace").strip().splitlines() or [f"exit status {status}"]
-            raise MergeError(f"{lines[-1][:300]} ({log})")
+            raise MergeError(
+                f"{lines[-1][:300]} (OUT/{log.relative_to(self.to)})"
+            )  # no path of this machine in results
 
     # scores
 
@@ -308,7 +310,7 @@ class Bench:
         found, base = open_weights(folder), self.ready.base
         missing = [n for n in base if base[n].is_floating_point() and n not in found]
         if missing:
-            raise MergeError(f"{folder}: no tensor '{missing[0]}'")
+            raise MergeError(f"OUT/{folder.relative_to(self.to)}: no tensor '{missing[0]}'")
         return {n: (found[n].to(t.dtype) if t.is_floating_point() else t) for n, t in base.items()}
 
     def score(self, weights: Mapping[str, Tensor], only: str | None = None) -> Told:
