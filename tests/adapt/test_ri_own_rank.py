@@ -190,3 +190,24 @@ def test_every_kind_of_module_takes_its_own_factors_back(tmp_path, monkeypatch):
         changed = found.changed(values)
         for n in moved:
             torch.testing.assert_close(changed[n], wanted[n], msg=f"{kind}: {n}")
+
+
+def test_co_adapted_adapters_stay_adapters_of_their_rank(toy, adapters, tmp_path):
+    how = f"{HOW} | coadapt(steps=40, lr=0.003, batch=64)"
+    both = adapt(toy, adapters, tmp_path, how)
+    alone = adapt(toy, adapters, None)
+    for name, folder in adapters.items():
+        before, after = load_file(folder / FILES[0]), load_file(tmp_path / name / FILES[0])
+        assert {n: t.shape for n, t in after.items()} == {n: t.shape for n, t in before.items()}
+        assert json.loads((tmp_path / name / CONFIG).read_text())["r"] == LORA.rank
+        read = Adapted(toy.base, Adapter(tmp_path / name))
+        assert all(torch.equal(read[n], both[name][n]) for n in toy.base)
+    originals = {n: Adapted(toy.base, Adapter(f)) for n, f in adapters.items()}
+
+    def off(experts):
+        merged = merganser.merge(toy.base, experts, "task_arithmetic | scale(by=0.7)")
+        data = {n: t.inputs for n, t in toy.tasks.items()}
+        how = {"encoder": toy.encoder, "heads": toy.heads, "inputs": data, "reference": originals, "kind": "fp32"}
+        return merganser.diagnose(toy.base, experts, merged, **how).total("merged")
+
+    assert off(both) < off(alone)
