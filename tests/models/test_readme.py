@@ -25,7 +25,9 @@ def test_the_lines_of_python_run(write, tmp_path, monkeypatch, capsys):
     classes = {"topics": ["cat", "dog"], "intents": ["sits", "runs", "slow"]}
     code = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL).group(1)
     monkeypatch.chdir(tmp_path)
-    exec(code.replace("steps=300", "steps=3"), {"experts": experts, "classes": classes, "texts": texts})
+    quick = code.replace("ri | coadapt", "ri(steps=3) | coadapt(steps=3)")
+    assert quick != code
+    exec(quick, {"experts": experts, "classes": classes, "texts": texts})
     assert float(capsys.readouterr().out) > 0
     assert (tmp_path / "merged" / "model.safetensors").exists()
     assert (tmp_path / "merged" / "tokenizer.json").exists()
