@@ -14,7 +14,7 @@ from ..models.device import home, there
 from ..models.encoder import bound, forward, loaded
 from ..models.heads import AnyHead
 from ..models.inputs import digest_parts, take
-from ..models.statistics import is_statistic, moving, norms
+from ..models.statistics import is_statistic, moving
 from ..progress import Progress, silent
 from ..steps.student import moved
 from ..train import Checkpoint, Order, Plan, train
@@ -127,8 +127,6 @@ class Coefficients:
 
     def features(self, weights: Mapping[str, Tensor], given: Any, kind: str) -> Float[Tensor, "batch width"]:
         """Return the merged model's features."""
-        if not norms(self.encoder):
-            return forward(self.encoder, weights, given, kind).cpu()
         with moving(self.encoder, momentum=0.0):
             return forward(self.encoder, weights, given, kind).cpu()
 

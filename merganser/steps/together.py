@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..models.device import there
 from ..models.encoder import bound, forward, loaded
 from ..models.inputs import take
-from ..models.statistics import counters, is_statistic, moving, norms
+from ..models.statistics import counters, is_statistic, moving
 from .rank import Ranked
 from .student import Student
 from .twins import Twins
@@ -53,10 +53,9 @@ class Inside(Student):
             self.away[name] = there(delta[name] - expert[name].float() if name in mine else delta[name])
         merged = {self.prefix + name for name in self.base}
         self.fixed = {n: t for n, t in loaded(encoder, base).items() if n not in merged}
-        self.has_norms = bool(norms(encoder))
-        if self.has_norms:  # which write into their statistics, even if only what was there
-            self.fixed |= {n: t.clone() for n, t in self.fixed.items() if is_statistic(n)}
-            self.fixed |= {n: there(torch.zeros((), dtype=torch.int64)) for n in counters(encoder)}
+        # batch norms write into their statistics, even if only what was there
+        self.fixed |= {n: t.clone() for n, t in self.fixed.items() if is_statistic(n)}
+        self.fixed |= {n: there(torch.zeros((), dtype=torch.int64)) for n in counters(encoder)}
 
     def __call__(self, at: Int[Tensor, "batch"]) -> Float[Tensor, "batch width"]:
         by = self.scale(at)
@@ -65,8 +64,6 @@ class Inside(Student):
         for name, zero in self.base.items():
             delta = self.away[name] + made[name] if name in made else self.away[name]
             tensors[self.prefix + name] = torch.add(zero, delta, alpha=by)
-        if not self.has_norms:
-            return forward(self.encoder, tensors, take(self.inputs, at), self.kind)
         with moving(self.encoder, momentum=0.0):
             return forward(self.encoder, tensors, take(self.inputs, at), self.kind)
 
