@@ -607,7 +607,7 @@ def main() -> None:
         # cuts of tensors do not, since fetching them again page by page would cost more than what is done to them
         tell = ctypes.CDLL(None).mallopt
         tell(M_MMAP_THRESHOLD, 4 << 20)
-        tell(M_TRIM_THRESHOLD, 64 << 20)
+        tell(M_TRIM_THRESHOLD, 4 << 20)
     # importing torch makes many objects and no rubbish: looking through them again and again is a tenth of it
     gc.set_threshold(100_000)
     try:

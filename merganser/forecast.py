@@ -37,10 +37,11 @@ def numbers(
 ) -> dict[str, Any]:
     """Return what jobs read, write and need. ``sources``: the models as they lie there; ``written``: the result.
 
-    ``memory`` is anonymous memory at the peak: cuts where every step is element-wise, else as many whole tensors in
-    fp32 as are in flight, each of them (experts + 3) times. ``seconds`` is a rough model, right within a factor of
-    three where nothing else runs.
+    ``memory`` is anonymous memory at the peak: cuts where every step is element-wise and none looks at single tensors,
+    else as many whole tensors in fp32 as are in flight, each of them (experts + 3) times. ``seconds`` is a rough model,
+    right within a factor of three where nothing else runs.
     """
+    from .loop import looks_again
     from .parallel import ROOM
 
     work, flying, looks, whole = 0.0, 0, 0, 0
@@ -54,9 +55,10 @@ def numbers(
                 continue
             work += _nanoseconds(job, name, steps, entries) * 1e-9
             looks = max(looks, sum(len(step.looks) for step in steps))
-            if not all(step.elementwise for step in steps):
+            if not all(step.elementwise for step in steps) or looks_again(steps):
                 heavy.append(entries)
-        flying = max(flying, (len(job.experts) + 3) * min(sum(heavy), max(ROOM, *heavy)))
+        room = max(ROOM // len(job.experts), *heavy)
+        flying = max(flying, (len(job.experts) + 3) * min(sum(heavy), room))
         whole += len(heavy) - 1
     share = part[1] if part else 1
     read = sum(nbytes(header(weights, name)) for weights in sources.values() for name in weights)

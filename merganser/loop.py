@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from functools import reduce
 from itertools import repeat
 from operator import add
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -81,8 +82,8 @@ class Job:
         return any(touches(weights, name) for weights in self.experts.values())
 
     def sizes(self, names: Sequence[str]) -> list[int]:
-        """Return the number of entries of each tensor."""
-        return [math.prod(shape_of(self.base, name)) for name in names]
+        """Return the number of entries of each tensor, of all experts together."""
+        return [len(self.experts) * math.prod(shape_of(self.base, name)) for name in names]
 
 
 class Piece(NamedTuple):
@@ -163,7 +164,14 @@ def _sums(
 
 
 def _look(
-    job: Job, name: str, i: int, look: Any, learned: list, surveys: Surveys, pad: dict[str, Tensor] | None = None
+    job: Job,
+    name: str,
+    i: int,
+    look: Any,
+    learned: list,
+    surveys: Surveys,
+    pad: dict[str, Tensor] | None = None,
+    cuts: Sequence["Cut"] | None = None,
 ) -> Any:
     """Return what one look sees in one tensor at step ``i``; None if no expert has moved it. ``pad``: see `Kept`."""
     if not job.touched(name):
@@ -175,7 +183,7 @@ def _look(
     steps = job.steps(name)
     extra = _ingredients(job, name, steps[i])
     merged = any(step.kind == "combine" for step in steps[:i])
-    for piece in through(job, name, i, surveys, zeros=True):
+    for piece in through(job, name, i, surveys, zeros=True, cuts=cuts):
         deltas, touched = piece.value
         deltas = deltas[None] if merged else deltas
         moved = moved or touched
@@ -197,11 +205,29 @@ def _whole(job: Job, name: str, i: int, surveys: Surveys) -> tuple[Tensor, Tenso
     return base, torch.cat([deltas.reshape(rows, -1) for _, deltas in cuts], dim=1).reshape(rows, *shape)
 
 
-def through(job: Job, name: str, upto: int | None, surveys: Surveys, *, zeros: bool = False) -> Iterator[Piece]:
+class Cut(NamedTuple):
+    """Entries of a flattened tensor as `read` gives them; ``moved``: whether any delta is not zero."""
+
+    at: int
+    origin: Tensor
+    base: Tensor
+    deltas: Tensor
+    moved: bool
+
+
+def through(
+    job: Job,
+    name: str,
+    upto: int | None,
+    surveys: Surveys,
+    *,
+    zeros: bool = False,
+    cuts: Sequence[Cut] | None = None,
+) -> Iterator[Piece]:
     """Run the first ``upto`` steps (default: all) on one tensor and yield it piece by piece.
 
     A piece's value is None where no expert has moved anything; with ``zeros`` it is (value, moved), moved or not. The
-    value may lie in a buffer that the next piece overwrites.
+    value may lie in a buffer that the next piece overwrites. ``cuts``: the tensor's, where they are held.
     """
     if not zeros and not job.touched(name):
         yield from _copied(job, name)
@@ -212,15 +238,20 @@ def through(job: Job, name: str, upto: int | None, surveys: Surveys, *, zeros: b
     cut = CUT if all(step.elementwise for step in steps) else None
     chosen = steps[:upto]
     pads: list[dict[str, Tensor]] = [{} for _ in chosen]
-    known = _tensor_surveys(job, name, steps, pads, surveys)
     shape = shape_of(job.base, name)
+    if cuts is None and cut is not None and looks_again(steps[: len(chosen)], surveys):
+        cuts = list(read(job, name, cut, shape, hold=True))
+    known = _tensor_surveys(job, name, steps, pads, surveys, cuts)
     run = _Run(job, name, chosen, known, pads, shape)
     if run.takes_factors(zeros) and (held := _held(job, name, shape)) is not None:
         low = _from_factors(job, name, run, held, cut, zeros)
         if low is not None:
             yield from low
             return
-    for at, origin, base, deltas, moved in read(job, name, cut, shape):
+    edited = any(step.kind == "edit" for step in chosen[: run.at])
+    for at, origin, base, deltas, moved in read(job, name, cut, shape) if cuts is None else cuts:
+        if cuts is not None and edited:
+            deltas = deltas.clone()  # edits write into what they are given, and others have yet to look at it
         if zeros:
             yield Piece(at, origin, base, (run(at, base, deltas), moved))
         elif moved or run.draws:
@@ -291,16 +322,34 @@ def _copied(job: Job, name: str) -> Iterator[Piece]:
         yield Piece(k * CUT, stored, stored, None)
 
 
+def looks_again(steps: Sequence[Step], surveys: Surveys = MappingProxyType({})) -> bool:
+    """Tell whether a tensor is looked at before it is merged, so that its deltas are better held than read again.
+
+    That costs as much memory as the experts' tensor in fp32, so only sentences that are cut hold them: the others need
+    that much for their work. Not where the first step works on factors, of which no expert's delta is ever made.
+    """
+    return any(_looks_here(i, step, surveys) for i, step in enumerate(steps)) and not any(map(by_factors, steps[:1]))
+
+
+def _looks_here(i: int, step: Step, surveys: Surveys) -> bool:
+    return (i, str(step)) not in surveys and bool(step.looks) and step.scope == "tensor"
+
+
 def _tensor_surveys(
-    job: Job, name: str, steps: Sequence[Step], pads: Sequence[dict[str, Tensor]], surveys: Surveys
+    job: Job,
+    name: str,
+    steps: Sequence[Step],
+    pads: Sequence[dict[str, Tensor]],
+    surveys: Surveys,
+    cuts: Sequence[Cut] | None,
 ) -> list[Any]:
     """Return the survey of each step that has a pad: the model's, or this tensor's where that is the scope."""
     local = dict(surveys)
     for i, (step, pad) in enumerate(zip(steps, pads, strict=False)):
-        if (i, str(step)) not in local and step.looks and step.scope == "tensor":
+        if _looks_here(i, step, surveys):
             learned: list[Any] = []
             for look in step.looks:
-                seen = _look(job, name, i, look, learned, local, pad)
+                seen = _look(job, name, i, look, learned, local, pad, cuts)
                 if seen is None:
                     break
                 learned.append(seen)
@@ -513,29 +562,29 @@ def _cut(extra: Mapping[str, Tensor | None], piece: Piece, numel: int, experts: 
     return {name: under(tensor) for name, tensor in extra.items()}
 
 
-def read(
-    job: Job, name: str, cut: int | None, shape: tuple[int, ...]
-) -> Iterator[tuple[int, Tensor, Tensor, Tensor, bool]]:
-    """Yield place, base as stored, base as computed with, deltas ``[experts, n]`` and whether any is not zero.
+def read(job: Job, name: str, cut: int | None, shape: tuple[int, ...], *, hold: bool = False) -> Iterator[Cut]:
+    """Yield a tensor cut by cut: place, base as stored and as computed with, deltas ``[experts, n]``, whether any moved.
 
     ``cut`` is the number of entries in a piece; None gives the whole tensor in its shape. The deltas lie in a buffer
-    that the next piece overwrites. Raises WeightsError, naming tensor and model, at a value that is not finite.
+    that the next piece overwrites, unless ``hold``. Raises WeightsError, naming tensor and model, at a value that is
+    not finite.
     """
     origin = job.base[name].reshape(-1)
     numel, kind = origin.numel(), torch.float64 if origin.dtype == torch.float64 else torch.float32
     step = max(1, min(cut or numel, numel))
     parts = [_parts(weights, name, step) for weights in job.experts.values()]
-    buffer = torch.empty(len(parts), step, dtype=kind)
-    rows = list(buffer)
     at = 0
     # splitting once is a tenth of the time of slicing each piece
     for stored, *pieces in zip(origin.split(step), *parts, strict=False):
         n = stored.numel()
         base = stored.to(kind)
+        if hold or at == 0:
+            buffer = torch.empty(len(parts), n, dtype=kind)
+            rows = list(buffer)
         if job.seen:
             job.seen("base", name, at, stored)
         for row, (piece, whole), expert in zip(rows, pieces, job.experts, strict=True):
-            out = row if n == step else row[:n]
+            out = row if n == len(row) else row[:n]
             if not whole:  # a delta, or None where the expert leaves the tensor alone
                 out.zero_() if piece is None else out.copy_(piece)
                 continue
@@ -543,14 +592,14 @@ def read(
                 job.seen(expert, name, at, piece)
             # copying first, then subtracting in place, is faster than a subtraction of two dtypes
             torch.sub(piece, base, out=out) if piece.dtype == kind else out.copy_(piece).sub_(base)
-        deltas = buffer if n == step else buffer[:, :n]
+        deltas = buffer if n == buffer.shape[1] else buffer[:, :n]
         total = deltas.sum().item()
         if not math.isfinite(total):
             _check_finite(job, name, deltas)
         moved = total != 0 or bool(deltas.any())
         if cut is None:
             base, deltas = base.reshape(shape), deltas.reshape(len(parts), *shape)
-        yield at, stored, base, deltas, moved
+        yield Cut(at, stored, base, deltas, moved)
         at += n
 
 

@@ -1,9 +1,8 @@
 """Tensors side by side: one thread each, results in order, and never more in flight than the largest tensor needs."""
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -12,7 +11,7 @@ import torch
 T = TypeVar("T")
 R = TypeVar("R")
 
-ROOM = 1 << 24  # entries in flight that are always allowed, so that small models use all cores
+ROOM = 1 << 25  # entries of all experts in flight that are always allowed, so that small models use all cores
 
 
 @contextmanager
@@ -29,34 +28,41 @@ def one_thread_each() -> Iterator[int]:
 def in_order(work: Callable[[T], R], items: Sequence[T], sizes: Sequence[int], workers: int) -> Iterator[R]:
     """Yield ``work(item)`` of each item in order, computed by ``workers`` threads.
 
-    ``sizes`` (entries) bound what is in flight: as many items as fit beside each other into the largest of them, or
-    into ``ROOM`` where that is more, so memory grows with neither the model nor the number of threads.
+    ``sizes`` (what an item holds: entries of all experts) bound what is in flight: as many items as fit beside each other
+    into the largest of them, or into ``ROOM`` where that is more, so memory grows with neither the model nor the number of
+    threads. The first item that fits is begun next, so that small ones run beside a large one.
     """
     if workers <= 1 or len(items) <= 1:
         yield from map(work, items)
         return
     room = max(ROOM, *sizes)
     stop = threading.Event()
-    flying: deque[tuple[Future[R], int]] = deque()
-    held = 0
+    waiting = list(range(len(items)))
+    flying: dict[Future[R], int] = {}
+    done: dict[int, Future[R]] = {}
 
     def guarded(item: T) -> R:
         if stop.is_set():
             raise RuntimeError("stopped")
         return work(item)
 
+    def begin() -> None:
+        while len(flying) < workers:
+            free = room - sum(sizes[at] for at in flying.values())
+            fitting = next((at for at in waiting if sizes[at] <= free), None)
+            if fitting is None:
+                return
+            waiting.remove(fitting)
+            flying[pool.submit(guarded, items[fitting])] = fitting
+
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
-            for item, size in zip(items, sizes, strict=True):
-                while flying and (held + size > room or len(flying) >= 2 * workers):
-                    done, freed = flying.popleft()
-                    yield done.result()
-                    held -= freed
-                flying.append((pool.submit(guarded, item), size))
-                held += size
-            while flying:
-                yield flying.popleft()[0].result()
+            for at in range(len(items)):
+                while at not in done:
+                    begin()
+                    for ended in wait(flying, return_when=FIRST_COMPLETED).done:
+                        done[flying.pop(ended)] = ended
+                begin()  # before the caller takes its time with the result
+                yield done.pop(at).result()
         finally:
             stop.set()
-            for left, _ in flying:
-                left.cancel()
