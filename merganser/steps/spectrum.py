@@ -88,19 +88,20 @@ def leading(
     return times(matrix, v / s, kind=kind), s, v
 
 
-def squared(tall: Float[Tensor, "m n"]) -> Float[Tensor, "n n"]:
-    """Return ``tall^T tall`` in float64.
+def squared(*talls: Float[Tensor, "m n"]) -> Float[Tensor, "n n"]:
+    """Return ``tall^T tall`` in float64, of several matrices under each other without putting them there.
 
     Rows come in bands, so that no float64 copy of all is made; of each pair of bands of columns one product is enough.
     """
-    if tall.requires_grad:
-        return tall.mT.double() @ tall.double()
-    n = tall.shape[1]
-    gram = torch.zeros(n, n, dtype=torch.float64, device=tall.device)
+    if talls[0].requires_grad:
+        return torch.stack([tall.mT.double() @ tall.double() for tall in talls]).sum(dim=0)
+    n = talls[0].shape[1]
+    gram = torch.zeros(n, n, dtype=torch.float64, device=talls[0].device)
     width = max(64, -(-n // 4))
-    for rows in map(_double, tall.split(BAND)):
-        for a in range(0, n, width):
-            gram[a:, a : a + width].addmm_(rows[:, a:].mT, rows[:, a : a + width])
+    for tall in talls:
+        for rows in map(_double, tall.split(BAND)):
+            for a in range(0, n, width):
+                gram[a:, a : a + width].addmm_(rows[:, a:].mT, rows[:, a : a + width])
     for a in range(0, n, width):
         gram[a : a + width, a + width :] = gram[a + width :, a : a + width].mT
     return gram

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..spectrum import NULL, factored, leading, matrices, peaks
+from ..spectrum import NULL, factored, leading, matrices, peaks, squared, times
 
 LINEAR = True  # what is linear in the coordinates is so in the deltas
 
@@ -36,13 +36,21 @@ def knots(
     wide = matrices(deltas, conv)
     if wide is None:
         return deltas, _unchanged
-    u, s, v = leading(torch.cat(list(wide), dim=1))
-    keep = s > threshold
-    sign = peaks(u).sign()[keep]
-    basis = (u[:, keep] * sign).to(deltas.dtype)
-    stacked = (v[:, keep] * (s[keep] * sign)).to(deltas.dtype)
-    coords = stacked.reshape(len(wide), wide.shape[2], -1).mT.contiguous()
+    u, s = _left(wide)
+    keep = (s > threshold) & (s > NULL * s.max())
+    basis = u[:, keep] * peaks(u).sign()[keep]
+    coords = torch.stack([times(delta.mT, basis, kind=deltas.dtype, turned=True).mT for delta in wide])
+    basis = basis.to(deltas.dtype)
     return coords, lambda merged: (basis @ merged.to(basis.dtype)).reshape(deltas.shape[1:])
+
+
+def _left(wide: Float[Tensor, "experts out inner"]) -> tuple[Float[Tensor, "out r"], Float[Tensor, " r"]]:
+    """Return left singular vectors and singular values of all deltas side by side, in float64, largest first."""
+    if wide.shape[1] > len(wide) * wide.shape[2]:
+        u, s, _ = leading(torch.cat(list(wide), dim=1))
+        return u, s
+    squares, u = torch.linalg.eigh(squared(*wide.mT))
+    return u.flip(1), squares.clamp(min=0).sqrt().flip(0)
 
 
 def knots_factors(
