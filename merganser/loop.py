@@ -323,12 +323,13 @@ def _copied(job: Job, name: str) -> Iterator[Piece]:
 
 
 def looks_again(steps: Sequence[Step], surveys: Surveys = MappingProxyType({})) -> bool:
-    """Tell whether a tensor is looked at before it is merged, so that its deltas are better held than read again.
+    """Tell whether a tensor is looked at more than once before it is merged, so that its deltas are better held.
 
-    That costs as much memory as the experts' tensor in fp32, so only sentences that are cut hold them: the others need
+    That takes as much memory as the experts' tensor in fp32, so only sentences that are cut hold them: the others need
     that much for their work. Not where the first step works on factors, of which no expert's delta is ever made.
     """
-    return any(_looks_here(i, step, surveys) for i, step in enumerate(steps)) and not any(map(by_factors, steps[:1]))
+    looks = sum(len(step.looks) for i, step in enumerate(steps) if _looks_here(i, step, surveys))
+    return looks > 1 and not any(map(by_factors, steps[:1]))
 
 
 def _looks_here(i: int, step: Step, surveys: Surveys) -> bool:
