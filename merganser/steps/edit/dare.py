@@ -48,7 +48,7 @@ def _thrown(delta: Float[Tensor, "*shape"], shares: int, rng: Generator) -> Floa
     words = torch.empty(-(-n // 4), dtype=torch.int64, device=rng.device).random_(-(1 << 63), None, generator=rng)
     bits = words.view(torch.int16)[:n].reshape(delta.shape).float()
     # arithmetic on floats is vectorised where comparisons are not: a quarter of the time
-    return bits.sub_(SHARES // 2 - shares - 1).relu_().sign_()
+    return bits.sub_(SHARES // 2 - shares - 1).clamp_(0, 1)
 
 
 def elementwise(*, rescale: bool | str = True, **_knobs: Any) -> bool:
