@@ -79,13 +79,19 @@ def leading(
     if matrix.shape[0] < matrix.shape[1]:
         u, s, v = leading(matrix.mT, k, size=size, kind=kind)
         return v, s, u
-    k = min(k or matrix.shape[1], matrix.shape[1])
-    gram = squared(matrix)
+    s, v = top(squared(matrix), k, size)
+    return times(matrix, v / s, kind=kind), s, v
+
+
+def top(
+    gram: Float[Tensor, "n n"], k: int | None = None, size: float | None = None
+) -> tuple[Float[Tensor, " k"], Float[Tensor, "n k"]]:
+    """Return the k largest singular values of a matrix with this Gram matrix and their vectors, as `leading` does."""
+    k = min(k or len(gram), len(gram))
     squares, v = _few(gram, k) or torch.linalg.eigh(gram)  # ascending
     squares, v = squares[-k:].flip(0), v[:, -k:].flip(1)
     real = squares > (NULL * (size or squares[0].sqrt())) ** 2
-    s, v = squares[real].sqrt(), v[:, real]
-    return times(matrix, v / s, kind=kind), s, v
+    return squares[real].sqrt(), v[:, real]
 
 
 def squared(*talls: Float[Tensor, "m n"]) -> Float[Tensor, "n n"]:

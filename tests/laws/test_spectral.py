@@ -69,6 +69,14 @@ def test_equal_to_the_plain_svd_in_float64(name: str, experts: int, rows: int, c
     assert (BY_NAME[name](deltas.double()) - expected).norm() <= 1e-9 * expected.norm()
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(64, 64), (96, 48), (48, 96)])
+def test_iso_cts_is_exact_where_experts_are_nearly_alike(rows: int, columns: int) -> None:
+    """What the shared directions leave is then small, and fp32 between the two would be felt: 1e-4 and more."""
+    deltas = 1e-3 * normal(1, 8, rows, columns) + normal(2, rows, columns)
+    expected = by_svd("iso_cts", deltas)
+    assert (iso_cts(deltas) - expected).norm() <= 1e-6 * expected.norm()
+
+
 SPECTRA = {
     "even": torch.linspace(1, 0.5, 300),
     "falling": torch.arange(1, 301) ** -1.0,

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..spectrum import leading, matrices, moved, polar, summed, times
+from ..spectrum import leading, matrices, moved, polar, squared, summed, times, top
 
 
 def iso_cts(
@@ -39,8 +39,7 @@ def iso_cts(
     r = min(wide.shape[1:])
     c, s = _ranks(r, len(wide), common)
     total = summed(wide)
-    kind = torch.promote_types(deltas.dtype, torch.float32)
-    shared = leading(total, c, kind=kind) if c and moved(total) else None
+    shared = leading(total, c) if c and moved(total) else None
     del total  # as large as two deltas
     own = [_own(delta, s, shared) for delta in wide if s and moved(delta)]
     own = [triplets for triplets in own if len(triplets[1])]
@@ -48,11 +47,11 @@ def iso_cts(
     if not triplets:  # the deltas cancel, so the sum has no direction
         return deltas.mean(dim=0)
     mean = torch.cat([values for _, values, _ in triplets]).sum() / r
-    sides = [torch.cat([one[at] for one in own], dim=1).to(kind) for at in (0, 2)] if own else []
+    sides = [torch.cat([one[at] for one in own], dim=1) for at in (0, 2)] if own else []
     if shared is None:
         u, v = map(polar, sides)
     elif own:
-        u, v = _beside(sides[0], sides[1], shared[0].to(kind), shared[2].to(kind))
+        u, v = _beside(sides[0], sides[1], shared[0], shared[2])
     else:
         u, _, v = shared
     if len(u) < len(v):
@@ -66,11 +65,11 @@ def _beside(u: Tensor, v: Tensor, shared_u: Tensor, shared_v: Tensor) -> tuple[T
     The shared sides have orthonormal columns, and u has no part in shared_u: polar([u, shared_u]) is [polar(u), shared_u].
     Of shared_v only the few directions q which v sees can turn: the others stay as they are.
     """
-    u = u - shared_u @ (shared_u.mT @ u)  # what fp32 left of them
+    u = u - shared_u @ (shared_u.mT @ u)  # what rounding left of them
     q = torch.linalg.qr(shared_v.mT @ v).Q
     seen = shared_v @ q
-    turned = polar(torch.cat([v, seen], dim=1)).to(v.dtype)
-    x = torch.cat([shared_u, polar(u).to(u.dtype), shared_u @ q], dim=1)
+    turned = polar(torch.cat([v, seen], dim=1))
+    x = torch.cat([shared_u, polar(u), shared_u @ q], dim=1)
     return x, torch.cat([shared_v, turned[:, : v.shape[1]], turned[:, v.shape[1] :] - seen], dim=1)
 
 
@@ -81,10 +80,20 @@ def _ranks(r: int, experts: int, common: float) -> tuple[int, int]:
 
 
 def _own(delta: Tensor, s: int, shared: tuple[Tensor, Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the s leading triplets of what the shared directions leave of a delta."""
-    delta = delta.to(torch.promote_types(delta.dtype, torch.float32))
+    """Return the s leading triplets of what the shared directions leave of a delta, which itself is never made.
+
+    With c = Delta^T U_c, the Gram matrices of R = Delta - U_c c^T are R^T R = Delta^T Delta - c c^T and
+    R R^T = P Delta Delta^T P, P = I - U_c U_c^T.
+    """
     size = torch.linalg.matrix_norm(delta.detach()).item()
-    if shared is not None:
-        common = shared[0].to(delta.dtype)
-        delta = torch.addmm(delta, common, common.mT @ delta, alpha=-1)
-    return leading(delta, s, size=size, kind=delta.dtype)
+    if shared is None:
+        return leading(delta, s, size=size)
+    common = shared[0]
+    if delta.shape[0] <= delta.shape[1]:
+        gram = squared(delta.mT)
+        gram = gram - common @ (common.mT @ gram)
+        values, u = top(gram - (gram @ common) @ common.mT, s, size)
+        return u, values, times(delta.mT, u / values)
+    seen = times(delta.mT, common)
+    values, v = top(squared(delta) - seen @ seen.mT, s, size)
+    return times(delta, v / values) - common @ (seen.mT @ (v / values)), values, v
