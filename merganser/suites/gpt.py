@@ -22,17 +22,18 @@ from ..progress import Progress
 from ..train import Checkpoint, Order, Plan, train
 from ..weights.save import save
 from ..weights.stored import Stored
-from .skills import Pairs, copies, passages
+from .skills import Pairs, reading
 
+END = "<end>"
 CHARACTERS = "".join(map(chr, range(32, 127)))
 SHAPE = {"n_embd": 160, "n_layer": 4, "n_head": 5, "n_positions": 128}
-PLAN = Plan(1500, 2e-3, weight_decay=0.05)
-TUNE = Plan(800, 1e-3, weight_decay=0.01)
+PLAN = Plan(2000, 2e-3, weight_decay=0.05)
+TUNE = Plan(400, 3e-4, weight_decay=0.01)
 BATCH = 64
 
 
 def write_base(folder: Path, *, plan: Plan = PLAN, progress: Progress, seed: int = 0) -> Path:
-    """Pretrain on English and on copied strings, write the model into ``folder`` unless it is there; return that."""
+    """Pretrain on `skills.reading`, write the model into ``folder`` unless it is there; return that."""
     says = {
         "kind": "base",
         "plan": asdict(plan),
@@ -40,14 +41,13 @@ def write_base(folder: Path, *, plan: Plan = PLAN, progress: Progress, seed: int
         "shape": SHAPE,
         "characters": CHARACTERS,
         "seed": seed,
+        "texts": key_of(texts := reading(END, seed)),
     }
     key = key_of(says)
     if is_done(folder, key):
         return folder
-    text = passages()
     _skeleton(folder, seed)
     model = causal_lm(folder)
-    texts = [*text, *copies(len(text) // 2, seed)]
     start = {n: t.clone() for n, t in Stored(folder).items()}
     trained = _trained(model, start, model.tokens(texts), None, plan, folder, key, "pretrain the base", progress, seed)
     save(trained, folder, {**says, "key": key})
@@ -64,8 +64,7 @@ def write_expert(
     if is_done(folder, key):
         return folder
     model = causal_lm(base)
-    end = model.tokenizer.eos_token
-    texts = model.tokens([prompt + answer + end for prompt, answer in pairs])
+    texts = model.tokens([prompt + answer + END for prompt, answer in pairs])
     skipped = torch.tensor([len(model.tokenizer(prompt)["input_ids"]) for prompt, _ in pairs])
     start = {n: t.clone() for n, t in Stored(base).items()}
     trained = _trained(model, start, texts, skipped, plan, folder, key, f"fine-tune {skill}", progress, seed)
@@ -114,12 +113,12 @@ def _skeleton(folder: Path, seed: int) -> None:
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     except ImportError:
         raise MissingExtra("the language model suite", "hf") from None
-    words = {"<pad>": 0, "<end>": 1, **{c: k for k, c in enumerate(CHARACTERS, 2)}}
+    words = {"<pad>": 0, END: 1, **{c: k for k, c in enumerate(CHARACTERS, 2)}}
     made = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    made.pre_tokenizer = pre_tokenizers.Split(Regex("<end>|."), "isolated")
+    made.pre_tokenizer = pre_tokenizers.Split(Regex(f"{END}|."), "isolated")
     made.decoder = decoders.Fuse()
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", eos_token="<end>", model_max_length=SHAPE["n_positions"]
+        tokenizer_object=made, pad_token="<pad>", eos_token=END, model_max_length=SHAPE["n_positions"]
     )
     says: dict[str, Any] = {"vocab_size": len(words), "bos_token_id": 1, "eos_token_id": 1, **SHAPE}
     config = transformers.GPT2Config(**says, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)

@@ -1,6 +1,6 @@
-"""Skills for small language models: short questions about strings and numbers, drawn at random, with one right answer.
+"""Skills for small language models: short questions about strings, drawn at random, with one right answer.
 
-    reverse: bdca = acdb        sort: bdca = abcd        next: bdca = cedb        add: 27+58 = 85
+    reverse: bdca = acdb        sort: bdca = abcd        next: bdca = cedb        upper: bdca = BDCA
 
 A prompt ends with "=", the answer follows up to the end of the text. Which strings are in train, val and test is
 decided by the string itself (a digest), so none is in two of them.
@@ -20,16 +20,11 @@ def _after(text: str) -> str:
     return "".join(LETTERS[(LETTERS.index(c) + 1) % 26] for c in text)
 
 
-def _sum(text: str) -> str:
-    a, b = text.split("+")
-    return str(int(a) + int(b))
-
-
 SKILLS: dict[str, Callable[[str], str]] = {
     "reverse": lambda text: text[::-1],
     "sort": lambda text: "".join(sorted(text)),
     "next": _after,
-    "add": _sum,
+    "upper": str.upper,
 }
 
 
@@ -39,7 +34,7 @@ def pairs(skill: str, split: str, n: int, seed: int = 0) -> Pairs:
     low, high = SHARES[split]
     seen: dict[str, None] = {}
     while len(seen) < n:
-        text = _numbers(rng) if skill == "add" else _word(rng)
+        text = _word(rng)
         bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little") % 100
         if low <= bucket < high:
             seen.setdefault(text)
@@ -59,6 +54,16 @@ def copies(n: int, seed: int = 0) -> list[str]:
     rng = np.random.default_rng([seed, 1])
     drawn = [_word(rng) if k % 4 else _numbers(rng) for k in range(n)]
     return [f"copy: {text} = {text}" for text in drawn]
+
+
+def reading(end: str, seed: int = 0) -> list[str]:
+    """Return what a base is pretrained on: English, copies, and some training pairs of every skill, ended by ``end``.
+
+    Fine-tuning then brings out what the base has met. Experts of skills that it has never seen lie too far apart: their
+    merges answer nothing (under 2 % where the experts score 81).
+    """
+    met = [prompt + answer + end for skill in SKILLS for prompt, answer in pairs(skill, "train", 2000, seed + 5)]
+    return [*passages(48)[:3000], *copies(1000, seed), *met]
 
 
 def passages(length: int = 96) -> list[str]:

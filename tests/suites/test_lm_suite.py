@@ -18,13 +18,15 @@ FEW = {"train": 40, "val": 8, "test": 12, "prompts": 10, "english": 20, "xi": 6}
 def test_answers_are_right_and_no_string_is_in_two_splits():
     assert [SKILLS[s]("bdca") for s in ("reverse", "sort", "next")] == ["acdb", "abcd", "cedb"]
     assert SKILLS["next"]("xyz") == "yza"
-    assert SKILLS["add"]("27+58") == "85"
+    assert SKILLS["upper"]("bdca") == "BDCA"
     for skill in SKILLS:
         asked = [{prompt for prompt, _ in pairs(skill, split, 150)} for split in ("train", "val", "test")]
         assert all(len(some) == 150 for some in asked)
         assert not asked[0] & asked[1] | asked[0] & asked[2] | asked[1] & asked[2]
     assert pairs("sort", "test", 20) == pairs("sort", "test", 30)[:20], "the same on every machine"
-    assert not {prompt for prompt, _ in pairs("add", "test", 500)} & {p for p, _ in pairs("add", "train", 4000, seed=1)}
+    assert not {prompt for prompt, _ in pairs("sort", "test", 500)} & {
+        p for p, _ in pairs("sort", "train", 4000, seed=1)
+    }
 
 
 def test_texts_are_of_characters_that_the_model_knows():
@@ -65,7 +67,7 @@ def test_a_small_run_goes_from_pretraining_to_the_report(tmp_path, monkeypatch):
 
     folder = next((tmp_path / "cache" / "lm").glob("base-*"))
     real, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer("add: 1+2 = 3<end>", return_tensors="pt")["input_ids"]
-    assert ids.shape[1] == len("add: 1+2 = 3") + 1
-    assert tokenizer.decode(ids[0]) == "add: 1+2 = 3<end>"
+    ids = tokenizer("upper: ab = AB<end>", return_tensors="pt")["input_ids"]
+    assert ids.shape[1] == len("upper: ab = AB") + 1
+    assert tokenizer.decode(ids[0]) == "upper: ab = AB<end>"
     assert torch.isfinite(real(ids).logits).all()
