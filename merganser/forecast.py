@@ -54,8 +54,10 @@ def numbers(
             if not job.touched(name):  # what no adapter touches is copied
                 continue
             work += _nanoseconds(job, name, steps, entries) * 1e-9
-            looks = max(looks, sum(len(step.looks) for step in steps))
-            if not all(step.elementwise for step in steps) or looks_again(steps):
+            cut, again = all(step.elementwise for step in steps), looks_again(steps)
+            held = cut and again  # read once for all looks at this tensor alone
+            looks = max(looks, sum(len(step.looks) for step in steps if not (held and step.scope == "tensor")))
+            if again or not cut:
                 heavy.append(entries)
         room = max(ROOM // len(job.experts), *heavy)
         flying = max(flying, (len(job.experts) + 3) * min(sum(heavy), room))
