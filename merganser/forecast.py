@@ -59,7 +59,7 @@ def numbers(
             looks = max(looks, sum(len(step.looks) for step in steps if not (held and step.scope == "tensor")))
             if again or not cut:
                 heavy.append(entries)
-        room = max(ROOM // len(job.experts), *heavy)
+        room = max(ROOM // max(1, len(job.experts)), *heavy)
         flying = max(flying, (len(job.experts) + 3) * min(sum(heavy), room))
         whole += len(heavy) - 1
     share = part[1] if part else 1
