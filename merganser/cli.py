@@ -509,7 +509,10 @@ def demo(to: To = Path("merganser-demo"), seed: Seed = 0, dry_run: DryRun = Fals
 @guarded
 def bench(
     name: Annotated[
-        str, typer.Argument(help="The suite: text, lora, vision, domains, lm, clip-8, clip-14, clip-20 or domainnet.")
+        str,
+        typer.Argument(
+            help="The suite: text, lora, vision, domains, lm, lora-lm, clip-8, clip-14, clip-20 or domainnet."
+        ),
     ],
     data: Annotated[
         Path | None,

@@ -35,8 +35,10 @@ class Moving:
         self.low = {n: one._replace(origin=there(one.origin)) for n, one in (low or {}).items()}
         self.params: dict[str, Tensor] = {n: t.clone() for n, t in self.whole.items()}
         for n, one in self.low.items():
-            self.params[f"{n}::A"] = there(one.right.detach().float().clone())
-            self.params[f"{n}::B"] = there(one.left.detach().float().clone())
+            for part, factor in (("A", one.right), ("B", one.left)):  # turned ones lie crosswise; a checkpoint cannot
+                self.params[f"{n}::{part}"] = there(
+                    factor.detach().float().clone(memory_format=torch.contiguous_format)
+                )
 
     @property
     def names(self) -> list[str]:
@@ -60,21 +62,30 @@ class Moving:
 
 
 def low_rank(
-    start: Mapping[str, Tensor], names: Sequence[str], rank: int, *, seed: int = 0, alpha: float | None = None
+    start: Mapping[str, Tensor],
+    names: Sequence[str],
+    rank: int,
+    *,
+    seed: int = 0,
+    alpha: float | None = None,
+    turned: bool = False,
 ) -> Moving:
     """Return a training of ``start + s B A`` for each matrix, ``s = alpha / rank`` (1 without ``alpha``).
 
     A ``[rank, in]`` is random (normal, variance 1/in), B ``[out, rank]`` zero, so it begins at ``start``. A tensor that
-    has no more than ``rank`` rows or columns is trained whole. Source: LoRA (arXiv 2106.09685, section 4.1).
+    has no more than ``rank`` rows or columns is trained whole. ``turned``: matrices lie [in, out], as those of
+    transformers' Conv1D, so that the left factor is the random A and the right one B, each turned.
+    Source: LoRA (arXiv 2106.09685, section 4.1).
     """
     thin = [n for n in names if rank and start[n].ndim > 1 and min(start[n].flatten(1).shape) > rank]
     low = {}
     for k, n in enumerate(thin):
         origin = start[n].detach().float()
-        out, inner = origin.flatten(1).shape
+        out, inner = origin.flatten(1).shape[:: -1 if turned else 1]
         rng = torch.Generator().manual_seed((seed << 16) + k)
         a = torch.randn(rank, inner, generator=rng) * inner**-0.5
-        low[n] = Low(origin, torch.zeros(out, rank), a, 1.0 if alpha is None else alpha / rank)
+        b, scale = torch.zeros(out, rank), 1.0 if alpha is None else alpha / rank
+        low[n] = Low(origin, a.mT, b.mT, scale) if turned else Low(origin, b, a, scale)
     return Moving({n: start[n] for n in names if n not in low}, low)
 
 

@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-OWN = ("text", "lora", "vision", "domains", "lm")
+OWN = ("text", "lora", "vision", "domains", "lm", "lora-lm")
 PUBLISHED = ("clip-8", "clip-14", "clip-20", "domainnet")
 SUITES = (*OWN, *PUBLISHED)
 ON_THE_HUB = {"text": "text", "lora": "text", "vision": "vision"}  # whose data sets `hub.located` finds
@@ -11,7 +11,7 @@ ON_THE_HUB = {"text": "text", "lora": "text", "vision": "vision"}  # whose data 
 
 def module_of(name: str) -> str:
     """Return the module that holds the suite ``name``."""
-    return "clip" if name.startswith("clip-") else name
+    return "clip" if name.startswith("clip-") else name.replace("-", "_")
 
 
 def open_suite(name: str, **settings: Any) -> Any:

@@ -35,11 +35,37 @@ class Lora:
         ends = tuple(f".{target}.weight" for target in self.targets)
         return [name for name in names if f".{name}".endswith(ends)]
 
-    def config(self, base: str) -> dict[str, Any]:
-        """Return adapter_config.json, as PEFT writes it."""
-        told = {"peft_type": "LORA", "task_type": "FEATURE_EXTRACTION", "base_model_name_or_path": base}
+    def work(self, base: Mapping[str, Tensor], names: Sequence[str], *, start: int, turned: bool = False) -> Moving:
+        """Return the training of those of ``names`` that are meant; ``start`` seeds the random A, B is zero.
+
+        ``turned``: they lie [in, out]. Raises WeightsError if none is meant, or one is no matrix larger than the rank.
+        """
+        meant = self.modules(names)
+        if not meant:
+            raise WeightsError(f"no module of the network ends in one of {', '.join(self.targets)}")
+        work = low_rank(base, meant, self.rank, seed=start, alpha=self.alpha, turned=turned)
+        if work.whole:
+            name = next(iter(work.whole))
+            raise WeightsError(f"'{name}' {list(base[name].shape)} has no change of rank {self.rank} that is smaller")
+        return work
+
+    def tensors(self, trained: Mapping[str, Tensor], *, turned: bool = False) -> dict[str, Tensor]:
+        """Return what PEFT's file holds of the trained parameters of `work`."""
+        parts = {"A": "B", "B": "A"} if turned else {"A": "A", "B": "B"}
+        names = [name.removesuffix("::A") for name in trained if name.endswith("::A")]
+        return {
+            f"{PREFIX}{name.removesuffix('.weight')}.lora_{told}.weight": (
+                trained[f"{name}::{part}"].mT.contiguous() if turned else trained[f"{name}::{part}"]
+            )
+            for name in names
+            for told, part in parts.items()
+        }
+
+    def config(self, base: str, *, task: str = "FEATURE_EXTRACTION", turned: bool = False) -> dict[str, Any]:
+        """Return adapter_config.json, as PEFT writes it for a network made for ``task``."""
+        told = {"peft_type": "LORA", "task_type": task, "base_model_name_or_path": base}
         how = {"r": self.rank, "lora_alpha": self.alpha, "target_modules": [*self.targets], "lora_dropout": 0.0}
-        more = {"bias": "none", "use_rslora": False, "use_dora": False, "fan_in_fan_out": False}
+        more = {"bias": "none", "use_rslora": False, "use_dora": False, "fan_in_fan_out": turned}
         return {**told, **how, **more, "inference_mode": True}
 
 
@@ -88,16 +114,9 @@ def finetune_lora(
     ``start`` seeds the random A (B is zero), ``seed`` the order of the inputs: experts of different tasks should not
     begin with the same A. Raises WeightsError if no tensor is meant, or one that is not a matrix larger than the rank.
     """
-    names = lora.modules(_trainable(base, encoder))
-    if not names:
-        raise WeightsError(f"no module of the network ends in one of {', '.join(lora.targets)}")
-    work = low_rank(base, names, lora.rank, seed=start, alpha=lora.alpha)
-    if work.whole:
-        name = next(iter(work.whole))
-        raise WeightsError(f"'{name}' {list(base[name].shape)} has no change of rank {lora.rank} that is smaller")
+    work = lora.work(base, _trainable(base, encoder), start=start)
     trained, _ = _trained(base, encoder, head, task, plan, work, batch, seed, kind, checkpoint, tick)
-    paths = {name: f"{PREFIX}{name.removesuffix('.weight')}.lora_" for name in names}
-    return {f"{path}{part}.weight": trained[f"{name}::{part}"] for name, path in paths.items() for part in "AB"}
+    return lora.tensors(trained)
 
 
 def _trainable(base: Mapping[str, Tensor], encoder: nn.Module) -> list[str]:

@@ -19,9 +19,12 @@ from ..models.device import home, placed, there
 from ..models.encoder import forward
 from ..models.inputs import Texts
 from ..progress import Progress
+from ..steps.moving import Moving
 from ..train import Checkpoint, Order, Plan, train
+from ..weights.own_rank import save_adapter
 from ..weights.save import save
 from ..weights.stored import Stored
+from .finetune import Lora
 from .skills import Pairs, reading
 
 END = "<end>"
@@ -49,17 +52,29 @@ def write_base(folder: Path, *, plan: Plan = PLAN, progress: Progress, seed: int
     _skeleton(folder, seed)
     model = causal_lm(folder)
     start = {n: t.clone() for n, t in Stored(folder).items()}
-    trained = _trained(model, start, model.tokens(texts), None, plan, folder, key, "pretrain the base", progress, seed)
-    save(trained, folder, {**says, "key": key})
+    what = (model, start, Moving(start), model.tokens(texts), None)
+    save(_trained(*what, plan, folder, key, "pretrain the base", progress, seed), folder, {**says, "key": key})
     return folder
 
 
 def write_expert(
-    folder: Path, base: Path, skill: str, pairs: Pairs, *, plan: Plan = TUNE, progress: Progress, seed: int = 0
+    folder: Path,
+    base: Path,
+    skill: str,
+    pairs: Pairs,
+    *,
+    plan: Plan = TUNE,
+    lora: Lora | None = None,
+    progress: Progress,
+    seed: int = 0,
 ) -> Path:
-    """Fine-tune the base on one skill's pairs, the loss on the answers alone; return ``folder``, made once."""
+    """Fine-tune the base on one skill's pairs, the loss on the answers alone; return ``folder``, made once.
+
+    With ``lora`` the expert is an adapter, as PEFT writes it; GPT-2's matrices lie [in, out].
+    """
     card = {"kind": "expert", "plan": asdict(plan), "batch": BATCH, "skill": skill, "seed": seed}
     card |= {"base": (read_card(base) or {}).get("key"), "pairs": key_of(pairs)}
+    card |= {} if lora is None else {"lora": asdict(lora)}
     key = key_of(card)
     if is_done(folder, key):
         return folder
@@ -67,14 +82,23 @@ def write_expert(
     texts = model.tokens([prompt + answer + END for prompt, answer in pairs])
     skipped = torch.tensor([len(model.tokenizer(prompt)["input_ids"]) for prompt, _ in pairs])
     start = {n: t.clone() for n, t in Stored(base).items()}
-    trained = _trained(model, start, texts, skipped, plan, folder, key, f"fine-tune {skill}", progress, seed)
-    save(trained, folder, {**card, "key": key})
+    if lora is None:
+        work = Moving(start)
+    else:  # another A for every skill, as adapters that are trained apart have
+        work = lora.work(start, list(start), start=int(key_of({"skill": skill})[:8], 16), turned=True)
+    trained = _trained(model, start, work, texts, skipped, plan, folder, key, f"fine-tune {skill}", progress, seed)
+    if lora is None:
+        save(trained, folder, {**card, "key": key})
+    else:
+        config = lora.config(base.name, task="CAUSAL_LM", turned=True)
+        save_adapter(lora.tensors(trained, turned=True), config, folder, {**card, "key": key})
     return folder
 
 
 def _trained(
     model: CausalLM,
     start: Mapping[str, Tensor],
+    work: Moving,
     texts: Texts,
     skipped: Tensor | None,
     plan: Plan,
@@ -84,14 +108,15 @@ def _trained(
     progress: Progress,
     seed: int,
 ) -> dict[str, Tensor]:
-    """Return ``start`` trained to predict every next token behind the first ``skipped`` of each text."""
+    """Return the parameters of ``work``, trained to predict every next token behind the first ``skipped`` of each text."""
     placed(model)
-    params = {name: there(tensor.detach().float().clone()) for name, tensor in start.items()}
+    fixed = {model.prefix + name: there(tensor.detach().float()) for name, tensor in start.items()}
     before = torch.zeros(len(texts), dtype=torch.int64) if skipped is None else skipped
 
     def loss(at: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         batch = there(texts.take(at))
-        logits = forward(model, {model.prefix + n: t for n, t in params.items()}, batch)
+        weights = fixed | {model.prefix + n: t for n, t in work.weights(work.params).items()}
+        logits = forward(model, weights, batch)
         mask = batch["attention_mask"]
         wanted = places(batch["input_ids"][..., None].roll(-1, 1), mask)[:, 0]
         each = F.cross_entropy(places(logits, mask), wanted, reduction="none")
@@ -101,7 +126,7 @@ def _trained(
     checkpoint = Checkpoint(folder / "checkpoint.safetensors", key)
     with progress(said, plan.steps) as tick:
         order = Order(len(texts), min(BATCH, len(texts)), seed, texts.lengths)
-        trained, _ = train(params, loss, order, plan, checkpoint=checkpoint, tick=tick)
+        trained, _ = train(work.params, loss, order, plan, checkpoint=checkpoint, tick=tick)
     checkpoint.path.unlink(missing_ok=True)
     return home(trained)
 

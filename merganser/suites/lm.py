@@ -24,8 +24,11 @@ from ..models.inputs import Prompts
 from ..progress import Progress, silent
 from ..sentence import Sentence, parse
 from ..sweep import is_tuned, split_scale, tried
+from ..weights.match import match
+from ..weights.open import open_weights
 from ..weights.stored import Stored
 from .cache import cache_folder
+from .finetune import Lora
 from .gpt import PLAN, TUNE, write_base, write_expert
 from .skills import SKILLS, Pairs, pairs, passages
 from .suite import with_and_without
@@ -47,35 +50,39 @@ def bench(
     experts_only: bool = False,
     sizes: Mapping[str, int] = SIZES,
     plans: Sequence[Any] = (PLAN, TUNE),
+    name: str = "lm",
+    written: Sequence[str] = SENTENCES,
+    lora: Lora | None = None,
     progress: Progress = silent,
 ) -> Path:
     """Make base and experts (once), merge them by every sentence, and return the report (or the experts' folder).
 
+    ``name`` and ``written``: the suite's, and the sentences where ``how`` has none. With ``lora`` experts are adapters.
     Raises DataError if data is given: the suite makes its own.
     """
     from ..report.page import report
 
     if data is not None:
-        raise DataError("suite 'lm' makes its own data: leave out --data")
-
-    sentences = [parse(text) for text in how or SENTENCES]
+        raise DataError(f"suite '{name}' makes its own data: leave out --data")
+    sentences = [parse(text) for text in how or written]
     cache = cache_folder() / "lm"
     base = write_base(cache / f"base-{plans[0].steps}", plan=plans[0], progress=progress)
+    told = f"{plans[0].steps}-{plans[1].steps}" + (f"-rank-{lora.rank}" if lora else "")
     folders = {
         skill: write_expert(
-            cache / f"{skill}-{plans[0].steps}-{plans[1].steps}", base, skill, pairs(skill, "train", sizes["train"]),
-            plan=plans[1], progress=progress,
+            cache / f"{skill}-{told}", base, skill, pairs(skill, "train", sizes["train"]),
+            plan=plans[1], lora=lora, progress=progress,
         )
         for skill in NAMES
     }  # fmt: skip
     if experts_only:
         return cache
     model = causal_lm(base)
-    experts = {skill: Stored(folder) for skill, folder in folders.items()}
+    experts = match(Stored(base), {skill: open_weights(folder) for skill, folder in folders.items()}).experts
     places = [Path(to)] if seeds == 1 else [Path(to) / f"seed-{seed}" for seed in range(seeds)]
     inputs = prompts_of(model, experts, sizes)
     for seed, place in enumerate(places):
-        _run(model, Stored(base), experts, inputs, sentences, place, seed, sizes, progress)
+        _run(name, model, Stored(base), experts, inputs, sentences, place, seed, sizes, progress)
     return report(places[0]) if seeds == 1 else report(*places, to=Path(to) / "report.html")
 
 
@@ -89,6 +96,7 @@ def prompts_of(model: CausalLM, experts: Mapping[str, Mapping[str, Tensor]], siz
 
 
 def _run(
+    name: str,
     model: CausalLM,
     base: Stored,
     experts: Mapping[str, Mapping[str, Tensor]],
@@ -121,11 +129,9 @@ def _run(
     results = table(scored(model, base, test), told, rows, xi)
     overall = {name: overall_gain(rows, tuned) for name, tuned in (("tuned", True), ("default", False))}
     tasks = [{"name": s, "test": sizes["test"], "metric": "exact match"} for s in NAMES]
-    title = (
-        f"lm suite: {len(NAMES)} skills, a causal transformer of {sum(t.numel() for t in base.values()) / 1e6:.1f} M"
-    )
+    title = f"{name} suite: {len(NAMES)} skills, a causal transformer of {sum(t.numel() for t in base.values()) / 1e6:.1f} M"
     told_all = {"version": 1, "title": title, "date": time.strftime("%Y-%m-%d"), "seed": seed,
-                "command": "merganser bench lm", "tasks": tasks, **results, "overall": overall}  # fmt: skip
+                "command": f"merganser bench {name}", "tasks": tasks, **results, "overall": overall}  # fmt: skip
     write_json(folder / "scores.json", told_all)
     write_json(folder / "run.json", {"version": 1, "seconds": round(time.monotonic() - started, 3), "stages": []})
 

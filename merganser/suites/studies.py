@@ -148,7 +148,9 @@ STUDIES: dict[str, Study] = {
     "together": Study(
         "Does it help to train experts inside merges with each other?",
         "adapting",
-        lambda _recipe, ri: [Group("all", {"ri": ri(), "ri, then coadapt": f"{ri()} | coadapt"})],
+        lambda _recipe, ri: [
+            Group("all", {"ri": ri(), "ri, 600 steps": ri(steps=600), "ri, then coadapt": f"{ri()} | coadapt"})
+        ],
     ),
     "part": Study("Can a low rank do?", "trained", _ranks),
     "mergers": Study(

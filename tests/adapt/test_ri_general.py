@@ -100,6 +100,15 @@ def test_a_low_rank_change_has_that_rank_and_starts_at_the_expert(toy):
     assert not torch.equal(out["0.bias"], expert["0.bias"]), "what is no matrix is trained whole"
 
 
+def test_matrices_that_lie_the_other_way_have_their_random_factor_on_the_inputs_side():
+    start = {"w": torch.randn(6, 9)}  # [in, out]
+    low = low_rank(start, ["w"], 2, turned=True).low["w"]
+    straight = low_rank({"w": start["w"].mT}, ["w"], 2).low["w"]
+    assert torch.equal(low.left, straight.right.mT)
+    assert torch.equal(low.right, torch.zeros(2, 9))
+    assert torch.equal(low.made(low.left, low.right), start["w"])
+
+
 def test_a_pull_keeps_the_weights_nearer_to_the_expert(toy):
     far, near = (
         sum((adapted(toy, pull=pull)[n] - toy.experts["east"][n]).square().sum() for n in toy.base) for pull in (0, 30)
