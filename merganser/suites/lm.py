@@ -5,7 +5,7 @@ decoding gives. RI sees prompts, what each expert itself answers to its own, and
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,11 @@ def _run(
     xi: dict[str, float] = {}
     for sentence in sentences:
         models = by_how[how_text(sentence.adapt)]
-        found = _rows(model, base, models, sentence, val, test, seed, progress)
+
+        def merged(merging: Sentence, models: Mapping[str, Mapping[str, Tensor]] = models) -> Mapping[str, Tensor]:
+            return merged_deltas(base, models, merging, list(base), seed=seed)
+
+        found = rows_of(model, base, merged, sentence, val, test, progress)
         write_rows(folder / "rows" / f"{slug(str(sentence))}.json", "", [row for row, _ in found])
         rows += [row for row, _ in found]
         xi |= {row.sentence: away(weights) for row, weights in found}
@@ -136,20 +140,22 @@ def _run(
     write_json(folder / "run.json", {"version": 1, "seconds": round(time.monotonic() - started, 3), "stages": []})
 
 
-def _rows(
+def rows_of(
     model: CausalLM,
     base: Stored,
-    experts: Mapping[str, Mapping[str, Tensor]],
+    merged: Callable[[Sentence], Mapping[str, Tensor]],
     sentence: Sentence,
     val: Mapping[str, Pairs],
     test: Mapping[str, Pairs],
-    seed: int,
     progress: Progress,
 ) -> list[tuple[Row, Mapping[str, Tensor]]]:
-    """Return a row, and its model, for a sentence as written and with the scale that answers most of validation."""
+    """Return a row, and its model, for a sentence as written and with the scale that answers most of validation.
+
+    ``merged`` gives the merged deltas for a sentence's merging part, its last scale left off.
+    """
     started = time.monotonic()
     scaled = split_scale(sentence)
-    delta = merged_deltas(base, experts, scaled.sentence.merging, list(base), seed=seed)
+    delta = merged(scaled.sentence.merging)
 
     def at(by: float) -> dict[str, Tensor]:
         return {n: applied(t, by * delta[n]) if n in delta else t for n, t in base.items()}
