@@ -66,9 +66,9 @@ def ties(
     w = None if weights is None else per_expert("weights", weights, len(deltas))
     wide = _rows(deltas.to(torch.promote_types(deltas.dtype, torch.float32)))
     thetas = select.remembered(_thetas, survey, density, len(deltas), rule, scope, equal)
-    if equal == "first" and looks:
-        ats = zip(wide, thetas, _kept(survey, density, rule, len(deltas)), strict=True)
-        wide = torch.stack([x * select.first_of_equals(x, theta, k) for x, theta, k in ats])
+    if equal == "first" and looks and any(more := _surplus(survey, density, len(deltas), rule)):
+        ats = zip(wide, thetas, _kept(survey, density, rule, len(deltas)), more, strict=True)
+        wide = torch.stack([x * select.first_of_equals(x, theta, k) if m else x for x, theta, k, m in ats])
     majority = survey[-1].sign().to(deltas.device) if rule == "reference" else None
 
     def merged(part: Tensor) -> Tensor:
@@ -136,15 +136,30 @@ def _thetas(
     """Return each expert's threshold; 0 where nothing is trimmed."""
     if all(share == 1 for share in per_expert("density", density, experts)):
         return [0.0] * experts
-    thetas, kept = [], []
-    for t, k in enumerate(_kept(survey, density, rule, experts)):
-        theta, above, equals = select.ranked(survey[0][t], survey[1][t], [k])[0]
-        thetas.append(theta)
-        kept.append((above + equals - k if theta > 0 else 0, k, select.size(survey[0][t])))
-    more, k, size = max(kept)
+    ranked, kept = _ranked(survey, density, experts, rule)
     if equal == "all":
-        select.warn_of_equals(k, k + more, size, scope)
-    return thetas
+        more = [_more(*one, k) for one, k in zip(ranked, kept, strict=True)]
+        t = max(range(experts), key=more.__getitem__)
+        select.warn_of_equals(kept[t], kept[t] + more[t], select.size(survey[0][t]), scope)
+    return [theta for theta, _, _ in ranked]
+
+
+def _surplus(survey: Sequence[Any], density: float | Sequence[float], experts: int, rule: str) -> list[int]:
+    """Return how many entries more than asked for reach each expert's threshold."""
+    ranked, kept = _ranked(survey, density, experts, rule)
+    return [_more(*one, k) for one, k in zip(ranked, kept, strict=True)]
+
+
+def _ranked(
+    survey: Sequence[Any], density: float | Sequence[float], experts: int, rule: str
+) -> tuple[list[tuple[float, int, int]], list[int]]:
+    """Return each expert's (threshold, how many are larger, how many are equal), and how many it is to keep."""
+    kept = _kept(survey, density, rule, experts)
+    return [select.ranked(survey[0][t], survey[1][t], [k])[0] for t, k in enumerate(kept)], kept
+
+
+def _more(theta: float, above: int, equals: int, k: int) -> int:
+    return above + equals - k if theta > 0 else 0
 
 
 def _trim(part: Tensor, thetas: list[float], w: list[float] | None) -> list[Tensor]:
