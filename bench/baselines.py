@@ -1,6 +1,7 @@
-"""What else can be done with the same unlabeled inputs: RI beside distillation, AdaMerging and DisTaC on the text suite.
+"""What else can be done with the same unlabeled inputs: RI beside distillation, AdaMerging and DisTaC.
 
-    python bench/baselines.py --data TEXT_TASKS --to OUT --out docs/results/baselines.json
+    python bench/baselines.py --data TEXT_TASKS --to OUT --out docs/results/text-baselines.json
+    python bench/baselines.py --suite conv --data VISION_TASKS --seeds 3 ...
     python bench/baselines.py ... --rows 'ri*' adamerging        some rows; those measured before stay in the JSON
 
 Every row is given the same experts, heads and unlabeled sentences, and no label but those of the validation split, on
@@ -22,11 +23,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from merganser.adapt import adapt, how_text, slug
-from merganser.evaluate.run import Model, Scores, evaluate
+from merganser.evaluate.metrics import interval
+from merganser.evaluate.run import Model, Scores, evaluate, means
 from merganser.learn.coefficients import adamerging
 from merganser.merge import merge
 from merganser.models.device import home
@@ -38,30 +41,26 @@ from merganser.sentence import parse
 from merganser.steps.moving import Moving
 from merganser.steps.student import Split, Student, trainable
 from merganser.steps.together import Everyone
-from merganser.suites import text
+from merganser.suites import text, vision
+from merganser.suites.studies import Words, words_of
 from merganser.suites.suite import recipe_for
 from merganser.sweep import delta_of, merged_at, score_sentence
 from merganser.train import Checkpoint, Plan
 
-SENTENCES = (
-    "task_arithmetic",
-    "distac | task_arithmetic",
-    "ri | task_arithmetic",
-    "ri | coadapt | task_arithmetic",
-    "ri | coadapt | tsv",
-)
-LR, BATCH = 5e-5, 32  # as ri has them
-INPUTS = {"ri": 300 * BATCH, "coadapt": 300 * BATCH, "distac": 500 * 128}  # trained on, an expert
+SUITES = {"text": text.SUITE, "conv": vision.CONV}
+DISTAC = 500 * 128  # inputs that it trains on, an expert
 Weights = Mapping[str, Tensor]
 
 
 class Bench:
-    """The suite's experts, and what was measured on them."""
+    """The suite's experts with one seed, and what was measured on them."""
 
-    def __init__(self, ready: Prepared, to: Path, steps: int):
-        self.ready, self.to, self.steps = ready, to, steps
+    def __init__(self, ready: Prepared, to: Path, ri: Words):
+        self.ready, self.to, self.ri = ready, to, ri
+        self.steps, self.lr, self.batch = (ri.own.get(k, v) for k, v in (("steps", 300), ("lr", 5e-5), ("batch", 32)))
         self.count = len(ready.experts)
         self.adapted: dict[str, Mapping[str, Weights]] = {"": ready.experts}
+        to.mkdir(parents=True, exist_ok=True)
 
     def sentence(self, told: str) -> tuple[Scores, dict[str, Any]]:
         sentence, ready = parse(told), self.ready
@@ -73,7 +72,8 @@ class Bench:
                 progress=bars, _place=lambda part: self.to / slug(part),
             )  # fmt: skip
         row = score_sentence(ready, sentence, self.adapted[words], progress=bars)[-1]
-        inputs = self.count * sum(INPUTS[step.name] for step in sentence.adapt)
+        trained = {"distac": DISTAC}
+        inputs = self.count * sum(trained.get(step.name, self.steps * self.batch) for step in sentence.adapt)
         return row.scores, {"scale": row.scale, "inputs": inputs}
 
     def one(self, weights: Weights, **told: Any) -> tuple[Scores, dict[str, Any]]:
@@ -91,7 +91,7 @@ class Bench:
     def distilled(self, name: str, start: Weights) -> tuple[Scores, dict[str, Any]]:
         """Train one student for as many steps as all experts together have in ``ri``."""
         ready, steps = self.ready, self.steps * self.count
-        split = Split(ready.inputs, steps, BATCH, 0.05, ready.recipe.seed)
+        split = Split(ready.inputs, steps, self.batch, 0.05, ready.recipe.seed)
         at, first = split.everything, next(iter(ready.heads))
         said = {
             n: features(ready.encoder, w, Subset(ready.inputs, at), kind=ready.kind) for n, w in ready.experts.items()
@@ -108,23 +108,38 @@ class Bench:
 
         kept = Checkpoint(self.to / f"{slug(name)}.safetensors", name)
         with bars(name, steps) as tick:
-            plan, log = Plan(steps, LR, 1e-4, patience=3), self.to / f"{slug(name)}.jsonl"
+            plan, log = Plan(steps, self.lr, 1e-4, patience=3), self.to / f"{slug(name)}.jsonl"
             best = student.train(loss, split, plan, checkpoint=kept, log=log, tick=tick)
-        return self.one({**start, **home(best)}, inputs=steps * BATCH)
+        return self.one({**start, **home(best)}, inputs=steps * self.batch)
 
     def merged(self) -> Weights:
         """Return task arithmetic at its best scale."""
         scored = score_sentence(self.ready, parse("task_arithmetic"), self.ready.experts, progress=bars)[-1]
         delta = delta_of(self.ready, parse("task_arithmetic"), self.ready.experts)
-        return merged_at(self.ready, delta, scored.scale)
+        return merged_at(self.ready, delta, scored.scale or 1.0)
 
     def rows(self) -> dict[str, Callable[[], tuple[Scores, dict[str, Any]]]]:
+        both = f"{self.ri()} | {self.ri.coadapt()}"
+        distac = f"distac(lr={self.lr})"  # its own default is for CLIP
+        sentences = [f"{how} | task_arithmetic" for how in (distac, self.ri(), both)] + [f"{both} | tsv"]
         return {
-            **{told: (lambda told=told: self.sentence(told)) for told in SENTENCES},
+            **{told: (lambda told=told: self.sentence(told)) for told in ["task_arithmetic", *sentences]},
             "multi-task distillation": lambda: self.distilled("multi-task distillation", dict(self.ready.base)),
             "merge, then distil": lambda: self.distilled("merge, then distil", self.merged()),
             "adamerging": self.adamerging,
         }
+
+
+def line(name: str, pairs: list[tuple[Scores, Scores]], inputs: int, seconds: float) -> list[str]:
+    """Return a row of the table: means over seeds, the interval over test examples, paired, seeds averaged first."""
+    draws = means([one for pair in pairs for one in pair])
+    low, high = (100 * value for value in interval((draws[:, 1::2] - draws[:, 0::2]).mean(axis=1)).values())
+    gains = [100 * (b.mean - a.mean) for a, b in pairs]
+    score = 100 * float(np.mean([b.mean for _, b in pairs]))
+    each = ", ".join(f"{gain:+.1f}" for gain in gains)
+    gain = f"{np.mean(gains):+.1f} [{low:+.1f}, {high:+.1f}]"
+    told = f"`{name}`" if "task_arithmetic" in name or " | " in name else name
+    return [told, f"{score:.1f}", gain, each, f"{inputs:,}", f"{seconds:.0f}"]
 
 
 def main() -> None:
@@ -132,27 +147,31 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--to", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=300, help="an expert")
+    parser.add_argument("--suite", choices=list(SUITES), default="text")
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--rows", nargs="+", default=["*"])
     args = parser.parse_args()
-    args.to.mkdir(parents=True, exist_ok=True)
-    ready = prepare(recipe_for(text.SUITE, args.data, [s for s in SENTENCES if "|" not in s], progress=bars))
-    bench = Bench(ready, args.to, args.steps)
-    told = json.loads(args.out.read_text()) if args.out.exists() else {"rows": {}}
-    reference = bench.sentence("task_arithmetic")[0]
-    for name, run in bench.rows().items():
+    suite = SUITES[args.suite]
+    recipe, ri = recipe_for(suite, args.data, ["task_arithmetic"], progress=bars), words_of(suite)
+    benches = [
+        Bench(prepare(recipe.model_copy(update={"seed": seed})), args.to / f"seed-{seed}", ri)
+        for seed in range(args.seeds)
+    ]
+    told = json.loads(args.out.read_text()) if args.out.exists() else {"rows": []}
+    references = [bench.sentence("task_arithmetic")[0] for bench in benches]
+    for name in benches[0].rows():
         if not any(fnmatch.fnmatch(name, pattern) for pattern in args.rows):
             continue
         started = time.monotonic()
-        scores, more = run()
-        gain, low, high = scores.gain(reference)
-        told["rows"][name] = {
-            "score": scores.mean, "tasks": {n: scores[n].score for n in scores},
-            "gain": {"score": gain, "low": low, "high": high}, "seconds": round(time.monotonic() - started, 1), **more,
-        }  # fmt: skip
-        told |= {"date": time.strftime("%Y-%m-%d"), "threads": torch.get_num_threads()}
+        found = [bench.rows()[name]() for bench in benches]
+        seconds = (time.monotonic() - started) / len(benches)
+        pairs = [(reference, scores) for reference, (scores, _) in zip(references, found, strict=True)]
+        made = line(name, pairs, found[0][1].get("inputs", 0), seconds)
+        told["rows"] = [row for row in told["rows"] if row[0] != made[0]] + [made]
+        told |= {"head": ["way", "mean", "over task_arithmetic [95 % interval]", "by seed", "inputs", "seconds"]}
+        told |= {"date": time.strftime("%Y-%m-%d"), "threads": torch.get_num_threads(), "seeds": args.seeds}
         args.out.write_text(json.dumps(told, indent=1) + "\n")
-        print(f"{name:32} {100 * scores.mean:.1f}  {100 * gain:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]", flush=True)
+        print(made, flush=True)
 
 
 if __name__ == "__main__":

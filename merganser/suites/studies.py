@@ -59,8 +59,16 @@ class Words:
     own: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, **knobs: Any) -> str:
-        told = ", ".join(f"{name}={value!r}" for name, value in {**self.own, **knobs}.items())
-        return f"ri({told})" if told else "ri"
+        return _written("ri", {**self.own, **knobs})
+
+    def coadapt(self) -> str:
+        """Return ``coadapt`` with the same steps, learning rate and batch."""
+        return _written("coadapt", {k: v for k, v in self.own.items() if k in ("steps", "lr", "batch")})
+
+
+def _written(word: str, knobs: Mapping[str, Any]) -> str:
+    told = ", ".join(f"{name}={value!r}" for name, value in knobs.items())
+    return f"{word}({told})" if told else word
 
 
 def words_of(suite: Suite) -> Words:
@@ -125,6 +133,11 @@ def _first(n: int) -> Change:
     return change
 
 
+def _together(_recipe: Recipe, ri: Words) -> Sequence[Group]:
+    both = f"{ri()} | {ri.coadapt()}"
+    return [Group("all", {"ri": ri(), "ri, 600 steps": ri(steps=600), "ri, then coadapt": both})]
+
+
 STUDIES: dict[str, Study] = {
     "tasks": Study("How does the gain grow with the number of tasks?", "tasks", _counts),
     "steps": Study("How many steps are enough?", "steps an expert", _knob("steps", (50, 100, 300, 1000))),
@@ -145,13 +158,7 @@ STUDIES: dict[str, Study] = {
                           "features": ri(form="features")})
         ],
     ),
-    "together": Study(
-        "Does it help to train experts inside merges with each other?",
-        "adapting",
-        lambda _recipe, ri: [
-            Group("all", {"ri": ri(), "ri, 600 steps": ri(steps=600), "ri, then coadapt": f"{ri()} | coadapt"})
-        ],
-    ),
+    "together": Study("Does it help to train experts inside merges with each other?", "adapting", _together),
     "part": Study("Can a low rank do?", "trained", _ranks),
     "mergers": Study(
         "Does it help every merger?",
