@@ -2,6 +2,7 @@
 
     python bench/ri_step.py                     both encoders, 8 and 20 heads; prints ratios of medians
     python bench/ri_step.py --json out.json
+    python bench/ri_step.py --blocks 1 2 4 --encoder minilm     the last blocks alone, against a step of all
 
 The three run in turn in one process, a few steps each, for several rounds; the ratio is taken round by round, so it
 holds when the machine's speed drifts. Same encoder, batch, precision, optimiser and clipping for all three. Computing
@@ -24,6 +25,7 @@ from merganser.models.encoder import bound, precision
 from merganser.models.heads import Head
 from merganser.models.inputs import Texts, take
 from merganser.steps.adapt.ri import ri
+from merganser.steps.student import Student
 from merganser.suites.cache import cache_folder
 from merganser.suites.finetune import finetune
 from merganser.train import Order, Plan
@@ -77,12 +79,12 @@ def moved(weights, encoder):
     return {n: t if frozen(n) else t + 1e-3 * torch.randn(t.shape, generator=rng) for n, t in weights.items()}
 
 
-def ours(encoder, base, expert, heads, inputs, batch, steps):
+def ours(encoder, base, expert, heads, inputs, batch, steps, blocks=0):
     times = []
     tick = lambda advance=1, **_: times.append(time.perf_counter()) if advance else None  # noqa: E731
     started = time.perf_counter()
     ri(expert, base, heads, inputs, own=next(iter(heads)), encoder=encoder, steps=steps + 1, lr=1e-5, batch=batch,
-       held_out=0.0, _precision="bf16", _tick=tick)  # fmt: skip
+       held_out=0.0, blocks=blocks, _precision="bf16", _tick=tick)  # fmt: skip
     return [b - a for a, b in pairwise(times)], times[0] - started
 
 
@@ -166,17 +168,48 @@ def measure(name, heads_wanted, rounds, steps):
     return found
 
 
+def in_part(name, counts, rounds, steps):
+    """Compare a step that trains the last blocks alone, what is below them run once or at every step, with one of all."""
+    encoder, base, inputs, width, batch = {"minilm": minilm, "vit-b-32": clip}[name]()
+    expert = moved(base, encoder)
+    rng = torch.Generator().manual_seed(2)
+    heads = {
+        n: Head(F.normalize(torch.randn(c, width, generator=rng), dim=1) * 20, None, True)
+        for n, c in list(CLASSES.items())[:8]
+    }
+    ways = {"all": 0, **{f"{kept}, {k}": k for k in counts for kept in ("once", "every step")}}
+    rows = {way: [] for way in ways}
+    skips = Student.remember_lower
+    for _ in range(rounds):
+        for way, blocks in ways.items():
+            Student.remember_lower = skips if way.startswith("once") else lambda *_: None
+            rows[way].append(statistics.median(ours(encoder, base, expert, heads, inputs, batch, steps, blocks)[0]))
+    Student.remember_lower = skips
+    found = []
+    for way in list(ways)[1:]:
+        ratios = [a / b for a, b in zip(rows[way], rows["all"], strict=True)]
+        told = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+        found.append({"encoder": name, "way": way, "batch": batch, "threads": torch.get_num_threads(), "ratio": told})
+        print(f"{name:9} {way:14}: {told['median']:.2f} ({told['min']:.2f}-{told['max']:.2f}) of a step of all blocks")
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", action="append", choices=["minilm", "vit-b-32"])
     parser.add_argument("--heads", type=int, nargs="+", default=[8, 20])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--blocks", type=int, nargs="+", help="instead: the last so many blocks alone")
     parser.add_argument("--json")
     told = parser.parse_args()
     found = []
     for name in told.encoder or ["minilm", "vit-b-32"]:
-        found += measure(name, told.heads, told.rounds, told.steps)
+        found += (
+            in_part(name, told.blocks, told.rounds, told.steps)
+            if told.blocks
+            else measure(name, told.heads, told.rounds, told.steps)
+        )
     if told.json:
         with open(told.json, "w") as file:  # noqa: PTH123
             json.dump(found, file, indent=1)

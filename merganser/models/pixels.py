@@ -1,24 +1,21 @@
 """Pictures into pixels: resize, crop and normalise as an image processor's configuration says, with torch alone."""
 
 import json
-import math
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import DataError
 from .inputs import Images
+from .room import room
 
 FILTERS = {0: "nearest", 2: "bilinear", 3: "bicubic"}
 CHUNK = 256
-LARGE = 1 << 30  # bytes of pixels that are kept in memory
 
 
 @dataclass(frozen=True)
@@ -120,7 +117,7 @@ def _joined(parts: Iterable[Tensor], n: int) -> Tensor:
     joined, done = None, 0
     for part in parts:
         if joined is None:
-            joined = _room((n, *part.shape[1:]))
+            joined = room((n, *part.shape[1:]), torch.uint8)
         if part.shape[1:] != joined.shape[1:]:
             raise DataError("pictures come out in different sizes; crop them: an encoder reads pictures of one size")
         joined[done : done + len(part)] = part
@@ -128,13 +125,6 @@ def _joined(parts: Iterable[Tensor], n: int) -> Tensor:
     if joined is None:
         raise DataError("no pictures: an encoder reads pictures of one size")
     return joined
-
-
-def _room(shape: tuple[int, ...]) -> Tensor:
-    if math.prod(shape) <= LARGE:
-        return torch.empty(shape, dtype=torch.uint8)
-    with tempfile.TemporaryFile() as file:  # gone with the mapping; the kernel writes out what does not fit in memory
-        return torch.from_numpy(np.memmap(file, dtype=np.uint8, mode="w+", shape=shape))
 
 
 def _tensor(images: Any, what: str, axes: int, batch: bool = False) -> Tensor:

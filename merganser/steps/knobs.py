@@ -6,7 +6,7 @@ from .rank import check_rank
 from .twins import DISTANCES
 
 POSITIVE = ("steps", "batch", "lr", "temperature", "overlap", "top", "sharper", "by")
-NOT_NEGATIVE = ("alpha", "sample", "pull", "micro")
+NOT_NEGATIVE = ("alpha", "sample", "pull", "micro", "blocks")
 
 
 def check_training(**knobs: Any) -> None:

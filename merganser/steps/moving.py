@@ -1,5 +1,6 @@
 """Which numbers a training changes: whole tensors, some of them, or a low-rank change of each matrix."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -87,6 +88,25 @@ def low_rank(
         b, scale = torch.zeros(out, rank), 1.0 if alpha is None else alpha / rank
         low[n] = Low(origin, a.mT, b.mT, scale) if turned else Low(origin, b, a, scale)
     return Moving({n: start[n] for n in names if n not in low}, low)
+
+
+NUMBERED = re.compile(r"(?<=\.)(\d+)(?=\.)|^(\d+)(?=\.)")
+
+
+def last_blocks(names: Sequence[str], count: int) -> list[str]:
+    """Return the names of tensors of the last ``count`` blocks: ``layer.4.*`` and ``layer.5.*`` of six.
+
+    Blocks are the numbered parts of names of which there are most. Raises ValueError for more than there are.
+    """
+    found: dict[str, dict[str, int]] = {}
+    for name in names:
+        for match in NUMBERED.finditer(name):
+            found.setdefault(name[: match.start()], {})[name] = int(match[0])
+    numbers = max(found.values(), key=lambda some: len(set(some.values())), default={})
+    there = sorted(set(numbers.values()))
+    if count > len(there):
+        raise ValueError(f"blocks={count}: the network has {len(there)} numbered blocks")
+    return [name for name in names if numbers.get(name, -1) in there[-count:]]
 
 
 def chosen(names: Sequence[str], only: str) -> list[str]:

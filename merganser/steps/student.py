@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..models.encoder import bound, forward, loaded
 from ..models.inputs import Prompts, Subset, take
+from ..models.lower import Lower, lower
 from ..models.statistics import is_statistic
 from ..progress import Tick
 from ..train import Checkpoint, Loss, Order, Plan, train, write_log
@@ -24,10 +25,26 @@ class Student:
         self.prefix = getattr(encoder, "prefix", "")
         tensors = loaded(encoder, expert)
         self.fixed = {n: t for n, t in tensors.items() if n.removeprefix(self.prefix) not in moving.names}
+        self.lower: Lower | None = None
+
+    def remember_lower(self, at: Int[Tensor, "some"]) -> None:
+        """Run what lies below everything that is trained once on these inputs, and skip it from now on.
+
+        Only they may be asked for then. Nothing happens where the network cannot be parted so (see `models.lower`).
+        """
+        trained = {self.prefix + name for name in self.moving.names}
+        self.lower = lower(self.encoder, self.weights(), trained, self.inputs, self.kind)
+        if self.lower is not None:
+            self.lower.remember(self.weights(), at)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the weights as they are now, under the encoder's names, where it runs."""
+        return self.fixed | {self.prefix + n: t for n, t in self.moving.weights(self.moving.params).items()}
 
     def __call__(self, at: Int[Tensor, "batch"]) -> Float[Tensor, "batch width"]:
-        made = {self.prefix + n: t for n, t in self.moving.weights(self.moving.params).items()}
-        return forward(self.encoder, self.fixed | made, take(self.inputs, at), self.kind)
+        if self.lower is not None:
+            return self.lower(self.weights(), at)
+        return forward(self.encoder, self.weights(), take(self.inputs, at), self.kind)
 
     def train(
         self,

@@ -87,9 +87,11 @@ def _rates(_recipe: Recipe, ri: Words) -> Sequence[Group]:
     return [Group("all", {f"{by * usual:g}": ri(lr=float(f"{by * usual:g}")) for by in (0.4, 1, 2, 10)})]
 
 
-def _ranks(_recipe: Recipe, ri: Words) -> Sequence[Group]:
+def _parts(recipe: Recipe, ri: Words) -> Sequence[Group]:
     lr = 10 * ri.own.get("lr", 5e-5)  # as is usual for LoRA
-    return [Group("all", {"all": ri(), **{f"rank {r}": ri(rank=r, lr=lr) for r in (16, 64)}})]
+    ranks = {f"rank {r}": ri(rank=r, lr=lr) for r in (16, 64)}
+    blocks = {f"last {k} blocks": ri(blocks=k) for k in (2, 4)} if recipe.model.encoder == "text" else {}
+    return [Group("all", {"all": ri(), **ranks, **blocks})]
 
 
 def _amounts(recipe: Recipe, ri: Words) -> Sequence[Group]:
@@ -159,7 +161,7 @@ STUDIES: dict[str, Study] = {
         ],
     ),
     "together": Study("Does it help to train experts inside merges with each other?", "adapting", _together),
-    "part": Study("Can a low rank do?", "trained", _ranks),
+    "part": Study("Can a part of the numbers do?", "trained", _parts),
     "mergers": Study(
         "Does it help every merger?",
         "merger",

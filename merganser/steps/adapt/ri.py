@@ -13,7 +13,7 @@ from ...models.inputs import Prompts, Subset
 from ...progress import Tick
 from ...train import Checkpoint, Plan
 from ..knobs import check_training
-from ..moving import chosen
+from ..moving import chosen, last_blocks
 from ..rank import Ranked
 from ..student import Halves, Split, Student, targets_told, trainable
 from ..tokens import ByKind, NextTokens, TopTokens, top_tokens
@@ -40,6 +40,7 @@ def ri(
     sample: int = 0,
     overlap: float = 0.95,
     only: str = "*",
+    blocks: int = 0,
     rank: int | str = "own",
     pull: float = 0.0,
     top: int = 64,
@@ -69,6 +70,8 @@ def ri(
     micro    so many inputs of a batch at a time, their gradients added up (0: all at once): less memory, the same step
     sample   this many other heads a step, drawn anew, instead of all (0)
     only     patterns of the tensors that are trained, with commas
+    blocks   train the last so many blocks (layers) alone (0: all). What lies below the first trained tensor is run once
+             for every input, not at every step
     rank     a change B A of this rank of each matrix instead of itself (0). "own": where the expert is a LoRA adapter, its
              own B and A are trained on, and what is returned is an adapter again; other experts as with 0
     pull     adds ``pull |theta - expert|^2 / |expert - base|^2``
@@ -90,7 +93,9 @@ def ri(
     Source: Resolving Interference (arXiv 2603.13467), section 5, algorithm 1.
     """
     check(steps=steps, lr=lr, alpha=alpha, batch=batch, distance=distance, held_out=held_out, micro=micro)
-    check(temperature=temperature, form=form, sample=sample, overlap=overlap, rank=rank, pull=pull, top=top)
+    check(
+        temperature=temperature, form=form, sample=sample, overlap=overlap, rank=rank, pull=pull, top=top, blocks=blocks
+    )
     known_as = inputs.names if isinstance(inputs, Prompts) else tuple(heads)
     if own not in known_as:
         what = "prompts" if isinstance(inputs, Prompts) else "head"
@@ -112,10 +117,16 @@ def ri(
         mine = features(encoder, expert, Subset(inputs, at), kind=_precision, progress=targets_told(_tick))
         terms.remember(at, len(inputs), base_features(at), mine)
     names = chosen(trainable(expert, base, encoder), only)
+    if blocks:
+        last = set(last_blocks(list(base), blocks))
+        names = [name for name in names if name in last]
+        if not names:
+            raise ValueError(f"blocks={blocks}: fine-tuning moved nothing in the last blocks")
     trained = Ranked(expert, names, rank, seed)
     moving = trained.moving
     moves = {n: expert[n] - base[n] for n in moving.names} if pull else {}
     student = Student(expert, encoder, inputs, moving, _precision)
+    student.remember_lower(split.everything)
 
     def loss(at: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         value, told = terms(at, student(at))
