@@ -7,11 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import DataError
-from ..models.causal import CausalLM, places
+from ..models.causal import CausalLM, places, within
 from ..models.device import there
 from ..models.encoder import batches, forward, loaded
-from ..models.inputs import Texts
+from ..models.inputs import Said, Texts
 
 
 @dataclass(frozen=True)
@@ -41,26 +40,15 @@ def answered(
     most likely one after those before it. Ties go to the lowest token, as in decoding.
     Raises DataError for an empty answer or a pair longer than the model reads.
     """
-    ids, answers = [], []
-    for k, (prompt, answer) in enumerate(pairs):
-        one, more = (model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, answer))
-        if not one or not more:
-            raise DataError(f"pair {k}: {'prompt' if not one else 'answer'} is empty")
-        end = model.tokenizer.eos_token_id
-        more = [*more, *([] if end is None else [end])]
-        if len(one) + len(more) > model.length:
-            raise DataError(f"pair {k} has {len(one) + len(more)} tokens; the model reads {model.length}")
-        ids.append(torch.tensor([*one, *more]))
-        answers.append(len(more))
-    texts = Texts(ids, model.tokenizer.pad_token_id or 0)
+    texts, answers = model.asked(pairs)
     tensors = loaded(model, weights)
-    exact, nats = np.zeros(len(ids), bool), np.zeros(len(ids))
+    exact, nats = np.zeros(len(texts), bool), np.zeros(len(texts))
     for index in batches(texts, batch):
         given = texts.take(index)
         logits = forward(model, tensors, given, kind)
         for row, i in enumerate(index.tolist()):
-            n, length = answers[i], len(ids[i])
-            said, wanted = logits[row, length - n - 1 : length - 1].cpu(), ids[i][length - n :]
+            n, length = answers[i], len(texts.ids[i])
+            said, wanted = logits[row, length - n - 1 : length - 1].cpu(), texts.ids[i][length - n :]
             exact[i] = bool((said.argmax(dim=1) == wanted).all())
             nats[i] = -said.log_softmax(dim=1).gather(1, wanted[:, None]).mean().item()
     return Answered(exact, nats)
@@ -71,7 +59,7 @@ def divergence(
     model: CausalLM,
     target: Mapping[str, Tensor],
     weights: Mapping[str, Tensor],
-    texts: Texts,
+    texts: Texts | Said,
     *,
     batch: int = 64,
     kind: str = "auto",
@@ -82,7 +70,8 @@ def divergence(
     for index in batches(texts, batch):
         given = there(texts.take(index))
         logits = [forward(model, tensors, given, kind) for tensors in both]
-        log_p, log_q = (places(one, given["attention_mask"]).log_softmax(dim=-1) for one in logits)
+        mask = there(within(texts.lengths[index], logits[0].shape[1]))
+        log_p, log_q = (places(one, mask).log_softmax(dim=-1) for one in logits)
         total += (log_p.exp() * (log_p - log_q)).sum().item()
         count += len(log_p)
     return total / max(1, count)

@@ -13,7 +13,7 @@ from ..weights.open import open_weights
 from .device import there
 from .encoder import forward, loaded
 from .hf import Wrapped, _load, _loading, _reads, _transformers
-from .inputs import Prompts, Texts
+from .inputs import Prompts, Said, Texts
 
 
 class CausalLM(Wrapped):
@@ -27,7 +27,7 @@ class CausalLM(Wrapped):
     def forward(self, batch: dict[str, Tensor]) -> Float[Tensor, "batch length tokens"]:
         return self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
 
-    def tokens(self, texts: Sequence[str]) -> Texts:
+    def tokens(self, texts: Sequence[Any]) -> Texts | Said:
         """Return the tokenised ``texts``, cut to `length` tokens. Raises DataError if one is no string, or too short."""
         ids = []
         for k, text in enumerate(texts):
@@ -79,7 +79,25 @@ class CausalLM(Wrapped):
             return self.tokenizer.decode(tokens[: tokens.index(end)]) + self.tokenizer.eos_token
         return self.tokenizer.decode(tokens)
 
-    def prepare(self, own: Mapping[str, Sequence[str]], generic: Sequence[str] = ()) -> Prompts:
+    def asked(self, pairs: Sequence[tuple[str, str]]) -> tuple[Texts | Said, list[int]]:
+        """Return ``(prompt, answer)`` pairs with the end of the text behind, and how many tokens each answer has.
+
+        Raises DataError for an empty answer or a pair longer than the model reads.
+        """
+        ids, answers = [], []
+        for k, (prompt, answer) in enumerate(pairs):
+            one, more = (self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, answer))
+            if not one or not more:
+                raise DataError(f"pair {k}: {'prompt' if not one else 'answer'} is empty")
+            end = self.tokenizer.eos_token_id
+            more = [*more, *([] if end is None else [end])]
+            if len(one) + len(more) > self.length:
+                raise DataError(f"pair {k} has {len(one) + len(more)} tokens; the model reads {self.length}")
+            ids.append(torch.tensor([*one, *more]))
+            answers.append(len(more))
+        return Texts(ids, self.tokenizer.pad_token_id or 0), answers
+
+    def prepare(self, own: Mapping[str, Sequence[Any]], generic: Sequence[Any] = ()) -> Prompts:
         """Return inputs for `ri`: prompts of each expert's kind, by its name, and generic text.
 
         Raises DataError where an expert has no prompts, or only one has any and there is no generic text.
@@ -99,24 +117,34 @@ def causal_lm(folder: str | Path, *, length: int = 512) -> CausalLM:
     Texts are cut to ``length`` tokens, never more than the model reads.
     Raises WeightsError if the folder is no such model or lacks a tensor.
     """
-    transformers = _transformers("causal_lm")
-    folder = Path(folder)
+    return CausalLM(*opened(Path(folder), "causal_lm", "MODEL_FOR_CAUSAL_LM_MAPPING", "causal language", length))
+
+
+def opened(
+    folder: Path, who: str, known: str, what: str, length: int
+) -> tuple[Any, dict[str, str], list[str], Any, int]:
+    """Return the model in ``folder`` by transformers' mapping ``known``, its tensors' names, roots, tokenizer and length."""
+    transformers = _transformers(who)
     if length < 2:
         raise DataError(f"length must be at least 2, got {length}")
     with _loading(folder, transformers):
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         try:
-            kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            kind = getattr(transformers, known)[type(config)]
         except KeyError:
-            raise WeightsError(f"{folder}: a '{config.model_type}' is no causal language model") from None
+            raise WeightsError(f"{folder}: a '{config.model_type}' is no {what} model") from None
         model, names = _load(kind, config, open_weights(folder), folder, True)
     _reads(model, "input_ids", folder)
     places = getattr(config, "max_position_embeddings", None) or length
-    limits = [length, tokenizer.model_max_length, places]
-    return CausalLM(model, names, [f"{model.base_model_prefix}."], tokenizer, min(limits))
+    return model, names, [f"{model.base_model_prefix}."], tokenizer, min(length, tokenizer.model_max_length, places)
 
 
 def places(logits: Float[Tensor, "batch length tokens"], mask: Tensor) -> Float[Tensor, "places tokens"]:
     """Return the logits at every place that is followed by a token, one text after the other."""
     return logits[:, :-1][mask[:, 1:].bool()]
+
+
+def within(lengths: Tensor, width: int) -> Tensor:
+    """Return which of ``width`` places are within texts of these lengths, ``[texts, width]``."""
+    return torch.arange(width)[None, :] < lengths[:, None]

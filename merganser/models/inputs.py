@@ -37,13 +37,42 @@ class Texts:
 
 
 @dataclass(frozen=True)
+class Said:
+    """Tokenised texts with what is said to each, for an encoder and a decoder; places and lengths are the decoder's.
+
+    ``said``: what the decoder is given, the token that it starts with and then the answer.
+    """
+
+    sources: Texts
+    said: Texts
+
+    @property
+    def ids(self) -> list[Tensor]:
+        return self.said.ids
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.said.lengths
+
+    def __len__(self) -> int:
+        return len(self.said)
+
+    def take(self, indices: Tensor) -> dict[str, Tensor]:
+        """Return a batch as of `Texts`, and ``decoder_input_ids`` ``[batch, longest said]``."""
+        return {**self.sources.take(indices), "decoder_input_ids": self.said.take(indices)["input_ids"]}
+
+    def digest_parts(self) -> list[Tensor]:
+        return [*digest_parts(self.sources), *digest_parts(self.said)]
+
+
+@dataclass(frozen=True)
 class Prompts:
     """Tokenised texts for language models: prompts of the kind that each expert is for, and generic text.
 
-    ``kinds`` ``[n]``: whose prompt each text is, as an index into ``names``; -1 is generic. A batch is that of `Texts`.
+    ``kinds`` ``[n]``: whose prompt each text is, as an index into ``names``; -1 is generic. A batch is that of ``texts``.
     """
 
-    texts: Texts
+    texts: Texts | Said
     kinds: Tensor
     names: tuple[str, ...]
 

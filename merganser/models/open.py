@@ -12,14 +12,15 @@ from torch import nn
 
 from ..errors import RecipeError, did_you_mean
 
-KINDS = ("text", "image", "causal")
+KINDS = ("text", "image", "causal", "seq2seq")
 
 
 def open_encoder(kind: str, base: str | Path, **options: Any) -> nn.Module:
     """Return the encoder of ``kind`` for the model at ``base``.
 
-    ``kind``: "text" (`hf.text_encoder`), "image" (`hf.image_encoder`), "causal" (`causal.causal_lm`), or a function of
-    yours, "module:function" or "./file.py:function", called with ``base`` and the ``options``.
+    ``kind``: "text" (`hf.text_encoder`), "image" (`hf.image_encoder`), "causal" (`causal.causal_lm`), "seq2seq"
+    (`seq2seq.seq2seq_lm`), or a function of yours, "module:function" or "./file.py:function", called with ``base`` and
+    the ``options``.
     Raises RecipeError if the kind, the file, the function or an option does not exist, or if no module comes back.
     """
     factory = _factory(kind)
@@ -35,6 +36,10 @@ def _factory(kind: str) -> Callable[..., Any]:
         from .causal import causal_lm
 
         return causal_lm
+    if kind == "seq2seq":
+        from .seq2seq import seq2seq_lm
+
+        return seq2seq_lm
     if kind in KINDS:
         from . import hf
 
@@ -42,7 +47,7 @@ def _factory(kind: str) -> Callable[..., Any]:
     place, colon, name = kind.rpartition(":")
     if not colon or not place or not name:
         raise RecipeError(
-            f"unknown kind of encoder '{kind}'{did_you_mean(kind, KINDS)}: use text, image, causal, module:function or "
+            f"unknown kind of encoder '{kind}'{did_you_mean(kind, KINDS)}: use {', '.join(KINDS)}, module:function or "
             f"./file.py:function"
         )
     module = _file(place) if place.endswith(".py") else _module(place)

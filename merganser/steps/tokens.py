@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..card import is_done, write_json
-from ..models.causal import places
+from ..models.causal import places, within
 from ..models.device import there
 from ..models.encoder import batches, forward, loaded
 from ..models.inputs import Prompts, take
@@ -68,9 +68,9 @@ def top_tokens(
     out, done = None, 0
     tensors = loaded(encoder, weights)
     for index in batches(inputs, batch):
-        given = there(take(inputs, index))
-        logits = forward(encoder, tensors, given, kind)
-        found = places(logits, given["attention_mask"]).log_softmax(dim=-1).topk(min(k, logits.shape[-1]), dim=-1)
+        logits = forward(encoder, tensors, take(inputs, index), kind)
+        mask = there(within(inputs.lengths[index], logits.shape[1]))
+        found = places(logits, mask).log_softmax(dim=-1).topk(min(k, logits.shape[-1]), dim=-1)
         if out is None:
             out = _arrays(int(starts[-1]), found.values.shape[1], folder)
         lengths = (inputs.lengths[index] - 1).clamp(min=0).tolist()
@@ -135,7 +135,7 @@ class NextTokens:
 
     def __call__(self, at: Int[Tensor, "batch"], logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of the student's ``logits`` ``[batch, length, tokens]`` and its two terms."""
-        mask = (torch.arange(logits.shape[1])[None, :] < self.inputs.lengths[at][:, None]).long()
+        mask = within(self.inputs.lengths[at], logits.shape[1])
         mine = self.own[at]
         own = self._term(self.wanted.at(at[mine]), logits[mine], mask[mine]) if mine.any() else None
         rest = self._term(self.wanted.at(at[~mine]), logits[~mine], mask[~mine]) if not mine.all() else None

@@ -17,7 +17,7 @@ from ..errors import MissingExtra
 from ..models.causal import CausalLM, causal_lm, places
 from ..models.device import home, placed, there
 from ..models.encoder import forward
-from ..models.inputs import Texts
+from ..models.inputs import Said, Texts
 from ..progress import Progress
 from ..steps.moving import Moving
 from ..train import Checkpoint, Order, Plan, train
@@ -99,7 +99,7 @@ def _trained(
     model: CausalLM,
     start: Mapping[str, Tensor],
     work: Moving,
-    texts: Texts,
+    texts: Texts | Said,
     skipped: Tensor | None,
     plan: Plan,
     folder: Path,

@@ -13,5 +13,5 @@ from .lora import SENTENCES
 
 PACKAGES, NAMES = lm.PACKAGES, lm.NAMES
 LORA = Lora(rank=16, alpha=16, targets=("c_attn", "c_proj", "c_fc"))
-TUNE = Plan(400, 3e-3, weight_decay=0.01)
+TUNE = Plan(400, 1e-3, weight_decay=0.01)
 bench = partial(lm.bench, name="lora-lm", written=SENTENCES, lora=LORA, plans=(PLAN, TUNE))
