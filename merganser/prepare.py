@@ -147,10 +147,8 @@ def prepare(recipe: Recipe, *, progress: Progress = silent) -> Prepared:
 
 
 def _prepare(recipe: Recipe, tick: Tick) -> Prepared:
-    if recipe.model.encoder == "causal":
-        raise RecipeError(
-            "a recipe scores tasks through heads, which a causal language model has not: docs/ri.md says how"
-        )
+    if recipe.model.encoder in ("causal", "seq2seq"):
+        raise RecipeError("a recipe scores tasks through heads, which a language model has not: docs/ri.md says how")
     sentences = check_sentences(recipe)
     tick(1)
     whole = open_weights(recipe.model.base)
