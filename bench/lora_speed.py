@@ -248,6 +248,29 @@ def big(data: Path, threads: int) -> dict[str, Any]:
     return found
 
 
+def rows_of(parts: dict[str, Any]) -> list[list[str]]:
+    """Return the table of the record: CPU seconds and the peak of resident memory, of theirs and of ours."""
+    lines = []
+    for how, one in parts.get("small", {}).get("result", {}).items():
+        theirs, ours, ratio = one["peft"], one["ours"], one["ratio"]
+        sentence, rank = CASES[how]
+        lines.append([
+            f"PEFT `{how}`, `{sentence}` at rank {rank}", f"{theirs['cpu']:.1f}", f"{ours['cpu']:.1f}", f"{ratio['cpu']:.2f}",
+            f"{theirs['peak']:.0f}", f"{ours['peak']:.0f}",
+        ])  # fmt: skip
+    if knots := parts.get("knots", {}).get("result"):
+        theirs, ours = knots["seconds"]["published"], knots["seconds"]["ours, from factors"]
+        lines.append(
+            ["KnOTS of 768 x 768, 8 experts", f"{theirs:.2f}", f"{ours:.3f}", f"{1 / knots['faster']:.4f}", "–", "–"]
+        )
+    for sentence in ("average", "core | tsv", "knots | ties"):
+        if big := parts.get("big", {}).get("result", {}).get(sentence):
+            lines.append(
+                [f"7B-shaped, 8 experts, `{sentence}`", "–", f"{big['cpu']:.0f}", "–", "–", f"{big['peak']:.0f}"]
+            )
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("adapters", nargs="*", help=argparse.SUPPRESS)
@@ -261,7 +284,8 @@ def main() -> None:
     if told.peft:
         return by_peft(told.peft, told.adapters, told.to)
     data = Path(told.to).resolve()
-    found = json.loads(told.out.read_text()) if told.out.is_file() else {}
+    kept = json.loads(told.out.read_text()) if told.out.is_file() else {}
+    found = kept.get("parts", {})
     for part in told.parts:
         calls = {
             "small": lambda: small(data, told.rounds, told.threads),
@@ -271,7 +295,8 @@ def main() -> None:
         result = calls[part]()
         found[part] = {"date": str(date.today()), "threads": told.threads, "result": result}
         found[part]["command"] = f"python bench/lora_speed.py --to DATA --parts {part} --rounds {told.rounds}"
-        told.out.write_text(json.dumps(found, indent=1) + "\n")
+        table = {"head": ["what", "theirs, CPU s", "ours, CPU s", "ratio", "their peak MiB", "our peak MiB"]}
+        told.out.write_text(json.dumps({**table, "rows": rows_of(found), "parts": found}, indent=1) + "\n")
     print(json.dumps(found, indent=1))
 
 
