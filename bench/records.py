@@ -6,8 +6,8 @@
 
 docs/results/records.toml lists the records: ``title``, ``kind`` ("suite": a run's scores.json, "speed": what
 merge_speed.py writes, "peers": what peers/accuracy.py writes, "study": a study.json, "rows": a table in the file
-itself), ``file``,
-``command``, ``about`` (before the tables) and ``notes`` (after them).
+itself), ``file``, ``command``, ``about`` (before the tables), ``notes`` (after them), and for a suite ``by_task`` (true: with
+a table task by task).
 
 README.md and the pages in docs show results between two comments, "results: FILE" and "end of results", which this
 fills with the gains of a suite's tuned rows, or of a study.
@@ -66,8 +66,14 @@ def pair_rows(scores: Told, tuned: bool) -> list[list[str]]:
             gain_of(gain["gain"]),
             "–" if recovered is None else f"{100 * recovered:.0f} %",
             "–" if None in xi else f"{xi[0]:.2f} -> {xi[1]:.2f}",
+            *([" -> ".join(points(row["hits"]["1"]["macro"]) for row in (without, with_))] if joint(scores) else []),
         ])  # fmt: skip
     return found
+
+
+def joint(scores: Told) -> bool:
+    """Tell whether the rows have hits@1 in the union of all tasks' classes."""
+    return all(row.get("hits") for row in scores["rows"])
 
 
 def other_rows(scores: Told, tuned: bool) -> list[list[str]]:
@@ -84,16 +90,31 @@ def suite(scores: Told) -> str:
         if rows:
             overall = scores.get("overall", {}).get("tuned" if tuned else "default")
             if overall:
-                rows.append(["mean", "", "", gain_of(overall), "", ""])
+                rows.append(["mean", "", "", gain_of(overall), "", "", *([""] if joint(scores) else [])])
             many = len({gain["adapt"] for gain in scores["gains"]}) > 1
             with_ = "adapted" if many else "with `ri`"
             head = ["merger", "without", with_, "gain, points [95 % interval]", "recovered", "xi without -> with"]
+            head += ["joint hits@1"] if joint(scores) else []
             parts += [name, table(head, rows)]
         if alone := other_rows(scores, tuned):
             parts += ["" if rows else name, table(["sentence", "mean"], alone)]
     if there := scores.get("domains"):
         parts += ["In other domains:", domains(there)]
     return "\n\n".join(part for part in parts if part)
+
+
+def by_task(scores: Told) -> str:
+    """Return the tuned rows task by task, base and experts first, the experts side by side under all heads."""
+    names = [task["name"] for task in scores["tasks"]]
+    rows = []
+    for who, hits in (("base", "base"), ("experts", "ensemble_own")):
+        part = scores[who]
+        told = [points(part["tasks"][n]["score"]) for n in names]
+        rows.append([who, *told, points(part["mean"]["score"]), points(scores["joint"][hits]["hits"]["1"]["macro"])])
+    for row in (row for row in scores["rows"] if row["tuned"]):
+        told = [points(row["tasks"][n]["score"]) for n in names]
+        rows.append([f"`{row['sentence']}`", *told, points(row["mean"]["score"]), points(row["hits"]["1"]["macro"])])
+    return table(["model", *names, "mean", "joint"], rows)
 
 
 def domains(there: Told) -> str:
@@ -217,7 +238,7 @@ def short(scores: Told) -> str:
     head = ["merger", "without", "with `ri`", "gain [95 % interval]", "interference xi"]
     lines = [
         [name, without.split(" (")[0], f"**{with_.split(' (')[0]}**", gain, xi]
-        for name, without, with_, gain, _, xi in pair_rows(scores, tuned=True)
+        for name, without, with_, gain, _, xi, *_ in pair_rows(scores, tuned=True)
     ]
     ends = f"base {points(scores['base']['mean']['score'])}, experts {points(scores['experts']['mean']['score'])}"
     return f"Mean score in percent ({ends}), scale chosen on validation:\n\n{table(head, lines)}"
@@ -250,6 +271,8 @@ def written() -> dict[Path, str]:
     for record in records:
         told = json.loads((RESULTS / record["file"]).read_text(encoding="utf-8"))
         body = [f"    {record['command']}", record.get("about", "").strip(), KINDS[record["kind"]](told)]
+        if record.get("by_task"):
+            body += ["Task by task, and in the union of all tasks' classes (hits@1, mean over tasks):", by_task(told)]
         body.append(record.get("notes", "").strip())
         text = "\n\n".join(part for part in body if part) + "\n"
         title = f"{record['title']} ({record['date']})"
