@@ -40,7 +40,7 @@ def gains_figure(scores: Mapping[str, Any]) -> str:
         axes.set_yticks(range(len(gains)), [gain["merge"] for gain in gains])
         axes.set_ylim(-0.6, len(gains))
         axes.set_xlabel(
-            f"mean over {len(scores['tasks'])} tasks, points; from without to with adapting, band: 95 % interval"
+            f"mean over {len(scores['tasks'])} tasks, points\nfrom without to with adapting; band: 95 % interval"
         )
         axes.spines[["top", "right"]].set_visible(False)
         return _svg(picture)
