@@ -71,14 +71,8 @@ def lower(encoder: nn.Module, tensors: Mapping[str, Tensor], trained: set[str], 
         try:
             part.remember(tensors, at)
             both = [(forward(encoder, tensors, take(inputs, k), kind), part(tensors, k)) for k in at.split(1)]
-        except (
-            TypeError,
-            AttributeError,
-            RuntimeError,
-            IndexError,
-            ValueError,
-        ):  # blocks that want more than one tensor
-            return None
+        except (TypeError, AttributeError, RuntimeError, IndexError, ValueError):
+            return None  # blocks that want more than one tensor
     return Lower(encoder, *found, inputs, kind) if all(_close(*pair) for pair in both) else None
 
 
