@@ -19,7 +19,7 @@ from .findings import Findings
 from .loop import Ingredient, Job, is_float, merge_each, survey
 from .sentence import Sentence, Step, find, parse, step_of, words_of
 from .weights.adapter import Adapter, Bare
-from .weights.header import folder_of, matches
+from .weights.header import folder_of, matches, quantised
 from .weights.hub import name_of as hub_name
 from .weights.match import Matched, match
 from .weights.open import Source, Weights, named, open_weights
@@ -77,6 +77,8 @@ def examine(
     if base is None:
         with found.gather("base"):
             sources = {"": _no_base(sources, stored), **sources}
+    elif stored == "adapter" and "" in sources:
+        sources = {**sources, "": _unread(found, sources)}
     if not wanted:
         found.error("there are no experts to merge", "experts", "give at least one", SentenceError)
     sentence = _sentence(found, how, tuple(wanted))
@@ -128,6 +130,18 @@ def _no_base(sources: Mapping[str, Weights], stored: str) -> Weights:
     if other := [who for who, weights in sources.items() if not isinstance(weights, Adapter)]:
         raise WeightsError(f"expert '{other[0]}' is no adapter, so it has to be compared with a base; give the base")
     return Bare(weights for weights in sources.values() if isinstance(weights, Adapter))
+
+
+def _unread(found: Findings, sources: Mapping[str, Weights]) -> Weights:
+    """Return the base, or where it is quantised and all experts are adapters what stands for one that is not there."""
+    base, experts = sources[""], [weights for who, weights in sources.items() if who]
+    if not experts or not all(isinstance(one, Adapter) for one in experts) or not (whole := quantised(base)):
+        return base
+    found.warn(
+        f"'{whole}' holds integers (quantised), so the base is not read", "base",
+        "adapters are merged into one without it; that they fit it is not checked",
+    )  # fmt: skip
+    return Bare(one for one in experts if isinstance(one, Adapter))
 
 
 def _adapters(found: Findings, base: Source | None, sources: Mapping[str, Weights]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import WeightsError, did_you_mean
-from .header import Head, View, Weights, header
+from .header import Head, View, Weights, header, quantised
 from .pickled import Pickled
 from .stored import Stored
 
@@ -213,6 +213,12 @@ class Adapted(View):
         if getattr(base, "made_up", False) and (dora := [m for m, told in adapter.modules.items() if told.magnitude]):
             raise WeightsError(f"{self.path}: '{dora[0]}' is DoRA's, whose change depends on the base; give the base")
         faults = [fault for name in (*self.modules, *self.biases) if (fault := self._fault(name))]
+        if faults and (whole := quantised(base)):
+            raise WeightsError(
+                f"'{whole}' of the base holds integers (quantised), so nothing can be added to it; write one adapter "
+                f"(--as-adapter), which needs no base, or give the model that was quantised",
+                [],
+            )
         if faults:
             more = f"; so do {len(faults) - 1} more" if len(faults) > 1 else ""
             raise WeightsError(f"{self.path}: {faults[0]}{more}: an adapter of another base", [])

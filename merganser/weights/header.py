@@ -44,6 +44,12 @@ def shape_of(weights: Weights, name: str) -> tuple[int, ...]:
     return header(weights, name)[1]
 
 
+def quantised(weights: Weights) -> str | None:
+    """Return the first matrix of integers that is called a weight, if any: GPTQ's ``qweight``, bitsandbytes' ``weight``."""
+    heads = ((name, header(weights, name)) for name in weights if name.endswith("weight"))
+    return next((name for name, (kind, shape) in heads if kind in WHOLE and len(shape) > 1), None)
+
+
 def touches(weights: Weights, name: str) -> bool:
     """Tell whether a tensor may differ from that of the base that ``weights`` are a view over; True where there is none."""
     if isinstance(weights, Renamed):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from nets import KINDS, LINEAR, base, by_hand, write, written
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -218,3 +218,37 @@ def test_it_is_what_peft_adds(tmp_path: Path, how: dict, rank: int | str) -> Non
     sentence = "task_arithmetic(weights=[0.5, 0.3, 0.2])"
     merganser.merge(tmp_path / "base", paths(tmp_path), sentence, into=tmp_path / "out", stored="adapter", rank=rank)
     same(merged_by(tmp_path / "out", tmp_path), added(tmp_path, **how))
+
+
+@pytest.mark.parametrize("kind", ["bitsandbytes 4 bits", "bitsandbytes 8 bits", "gptq"])
+def test_a_quantised_base_is_not_read_and_full_weights_are_refused(kind, tmp_path):
+    name, shape = "layers.0.q_proj", (64, 96)
+    tensors, folders = {}, []
+    for k in range(2):
+        rng = torch.Generator().manual_seed(k)
+        factors = {"lora_A": torch.randn(4, shape[1], generator=rng), "lora_B": torch.randn(shape[0], 4, generator=rng)}
+        folders.append(tmp_path / f"a{k}")
+        folders[-1].mkdir()
+        named = {f"base_model.model.{name}.{part}.weight": t for part, t in factors.items()}
+        save_file(named, folders[-1] / "adapter_model.safetensors")
+        told = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj"]}
+        (folders[-1] / "adapter_config.json").write_text(json.dumps(told))
+    if kind == "gptq":
+        tensors[f"{name}.qweight"] = torch.zeros(12, 64, dtype=torch.int32)
+    elif kind == "bitsandbytes 8 bits":
+        tensors[f"{name}.weight"] = torch.zeros(shape, dtype=torch.int8)
+    else:
+        tensors[f"{name}.weight"] = torch.zeros(64 * 96 // 2, 1, dtype=torch.uint8)
+    tensors["norm.weight"] = torch.ones(96)
+    (tmp_path / "base").mkdir()
+    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    experts = {f"a{k}": folder for k, folder in enumerate(folders)}
+    with pytest.warns(UserWarning, match="so the base is not read"):
+        merganser.merge(tmp_path / "base", experts, "knots | ties", into=tmp_path / "one", stored="adapter")
+    merganser.merge(None, experts, "knots | ties", into=tmp_path / "none", stored="adapter")
+    with_, without = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "none"))
+    assert with_.keys() == without.keys()
+    assert all(torch.equal(with_[n], without[n]) for n in with_)
+    with pytest.raises(WeightsError, match="quantised"):
+        merganser.merge(tmp_path / "base", experts, "ties", into=tmp_path / "full")
+    assert not (tmp_path / "full").exists()
