@@ -80,10 +80,7 @@ class Seq2SeqLM(CausalLM):
         batch: int = 64,
         kind: str = "auto",
     ) -> list[tuple[str, str]]:
-        """Return every prompt with what ``weights`` say to it: greedily, to the end of the text or ``most`` tokens.
-
-        Raises DataError where nothing is said.
-        """
+        """Return every prompt with what ``weights`` say to it: greedily, to the end of the text or ``most`` tokens."""
         ids = [torch.tensor(self._ids(text, k, "source")) for k, text in enumerate(prompts)]
         sources = Texts(ids, self.tokenizer.pad_token_id or 0)
         tensors, end = loaded(self, weights), self.tokenizer.eos_token_id
