@@ -140,6 +140,7 @@ def train(
     buffers: Mapping[str, Tensor] | None = None,
     held_out: HeldOut | None = None,
     micro: int = 0,
+    before: Callable[[int], None] | None = None,
     checkpoint: Checkpoint | None = None,
     tick: Tick = lambda _advance=1, **_terms: None,
 ) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
@@ -148,7 +149,8 @@ def train(
     ``loss(indices)`` returns the loss and its terms, and may change ``buffers`` in place: checkpoints keep them too.
     ``held_out()`` returns terms with a ``loss``: the tensors with the lowest one are returned, and after
     ``plan.patience`` checks without a new lowest (0: never) the run stops. ``micro``: so many inputs of a batch at a time,
-    their gradients added up (0: all at once), so that activations take memory for no more.
+    their gradients added up (0: all at once), so that activations take memory for no more. ``before(step)`` is called
+    before each step (0-based) and may change ``buffers``, not the parameters.
     """
     names = list(params)
     for tensor in params.values():
@@ -164,6 +166,8 @@ def train(
         if run.step >= plan.steps or (plan.patience and run.stale >= plan.patience):
             break
         at = order(run.step)
+        if before is not None:
+            before(run.step)
         for group in optimiser.param_groups:
             group["lr"] = plan.rate(run.step)
         optimiser.zero_grad(set_to_none=True)

@@ -72,6 +72,52 @@ class CausalLM(Wrapped):
                 said |= dict(zip(some, rows[:, length:].tolist(), strict=True))
         return [text + self._decoded(said[k]) for k, text in enumerate(prompts)]
 
+    @torch.no_grad()
+    def sampled(
+        self,
+        weights: Mapping[str, Tensor],
+        count: int,
+        *,
+        most: int = 32,
+        temperature: float = 1.0,
+        batch: int = 64,
+        seed: int = 0,
+        kind: str = "auto",
+    ) -> list[str]:
+        """Return ``count`` texts that ``weights`` say unasked, each token drawn from softmax(logits / temperature).
+
+        Generic text to adapt on where there is none: what the base says is what it knows. A text begins behind the token
+        that begins texts (else the one that ends them) and goes on to the end of the text or ``most`` tokens; one that
+        says nothing at all is drawn again. ``seed`` and ``batch`` decide what is drawn.
+
+        Raises WeightsError if the tokenizer has neither token, ValueError at a temperature that is not positive or less than
+        two tokens.
+        """
+        if not temperature > 0 or most < 2:
+            raise ValueError(f"temperature must be positive and most at least 2, got {temperature} and {most}")
+        first, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if (first := end if first is None else first) is None:
+            raise WeightsError(
+                "this tokenizer has no token that begins or ends a text, so nothing can be drawn unasked"
+            )
+        rng, tensors, texts = torch.Generator().manual_seed(seed), loaded(self, weights), list[str]()
+        for _ in range(100 * count):
+            if len(texts) >= count:
+                break
+            rows = there(torch.full((batch, 1), first))
+            going = torch.ones(batch, dtype=torch.bool)
+            for _ in range(min(most, self.length - 1)):
+                given = {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
+                logits = forward(self, tensors, given, kind)[:, -1].float().cpu() / temperature
+                drawn = torch.multinomial(logits.softmax(dim=1), 1, generator=rng)[:, 0]
+                rows = torch.cat([rows, there(drawn)[:, None]], dim=1)
+                going &= drawn != (-1 if end is None else end)
+                if not going.any():
+                    break
+            said = (row[: row.index(end)] if end in row else row for row in rows[:, 1:].tolist())
+            texts += [self.tokenizer.decode(one) for one in said if len(one) > 1]
+        return texts[:count]
+
     def _decoded(self, tokens: list[int]) -> str:
         """Return the text of tokens up to the end of text, that included."""
         end = self.tokenizer.eos_token_id

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..models.device import there
 from ..weights.open import matches
+from .spectrum import leading
 
 
 class Low(NamedTuple):
@@ -87,6 +88,25 @@ def low_rank(
         a = torch.randn(rank, inner, generator=rng) * inner**-0.5
         b, scale = torch.zeros(out, rank), 1.0 if alpha is None else alpha / rank
         low[n] = Low(origin, a.mT, b.mT, scale) if turned else Low(origin, b, a, scale)
+    return Moving({n: start[n] for n in names if n not in low}, low)
+
+
+def leading_factors(
+    start: Mapping[str, Tensor], base: Mapping[str, Tensor], names: Sequence[str], ranks: Mapping[str, int]
+) -> Moving:
+    """Return a training of ``base + B A`` that begins with the leading singular triplets of ``start - base``.
+
+        start - base ~ U diag(s) V^T  (rank leading triplets),   B = U diag(sqrt s),   A = diag(sqrt s) V^T
+
+    Both factors are as large as each other, so that one learning rate suits them. ``ranks`` of tensors by name; others, and
+    those that have no more rows or columns than their rank, are trained whole.
+    """
+    low = {}
+    for n in names:
+        shape = start[n].flatten(1).shape if start[n].ndim > 1 else (0, 0)
+        if min(shape) > ranks.get(n, 0) > 0:
+            u, s, v = leading((start[n].float() - base[n].float()).flatten(1), ranks[n])
+            low[n] = Low(base[n].detach().float(), (u * s.sqrt()).float(), (v * s.sqrt()).mT.float())
     return Moving({n: start[n] for n in names if n not in low}, low)
 
 

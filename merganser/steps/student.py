@@ -37,6 +37,14 @@ class Student:
         if self.lower is not None:
             self.lower.remember(self.weights(), at)
 
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """What `refresh` changes in place, for checkpoints."""
+        return {}
+
+    def refresh(self) -> None:
+        """Take what surrounds the student as it has become; a student alone is surrounded by nothing."""
+
     def weights(self) -> dict[str, Tensor]:
         """Return the weights as they are now, under the encoder's names, where it runs."""
         return self.fixed | {self.prefix + n: t for n, t in self.moving.weights(self.moving.params).items()}
@@ -53,11 +61,22 @@ class Student:
         plan: Plan,
         *,
         micro: int = 0,
+        refresh: int = 0,
+        before: Callable[[int], None] | None = None,
         checkpoint: Checkpoint | None,
         log: Path | None,
         tick: Tick,
     ) -> dict[str, Tensor]:
-        """Minimise ``loss`` of the inputs' indices; return the numbers that were best on those held out."""
+        """Minimise ``loss`` of the inputs' indices; return the numbers that were best on those held out.
+
+        ``refresh``: call the student's own `refresh` every so many steps (0: never). ``before``: as in `train.train`.
+        """
+
+        def first(step: int) -> None:
+            if refresh and step and step % refresh == 0:
+                self.refresh()
+            if before is not None:
+                before(step)
 
         @torch.no_grad()
         def held() -> dict[str, float]:
@@ -70,8 +89,9 @@ class Student:
 
         scored = held if len(split.kept) else None
         best, history = train(
-            self.moving.params, loss, split.order, plan, held_out=scored, micro=micro, checkpoint=checkpoint, tick=tick
-        )
+            self.moving.params, loss, split.order, plan, held_out=scored, micro=micro, checkpoint=checkpoint, tick=tick,
+            buffers=self.buffers if refresh else None, before=first,
+        )  # fmt: skip
         if log is not None:
             write_log(log, history)
         return best

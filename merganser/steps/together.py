@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..models.device import there
+from ..models.device import home, there
 from ..models.encoder import bound, forward, loaded
 from ..models.inputs import take
 from ..models.statistics import counters, is_statistic, moving
@@ -16,15 +16,18 @@ from .student import Student
 from .twins import Twins
 
 Weights = Mapping[str, Tensor]
+SUM = "task_arithmetic"
 
 
 class Inside(Student):
     """The features of ``inputs`` by merges of the student with ``others``, the student's own numbers being trained.
 
-        theta(b) = base + b (delta + student - expert),   b ~ U(low, high), drawn anew for each batch
+        theta(b) = base + b (delta + c (student - start)),   b ~ U(low, high), drawn anew for each batch
 
-    ``delta``: what ``merger`` makes of the expert and the others, once. For a sum it is exact to add what the student has
-    changed since; for any other merger that is its derivative as if it were a sum. Batch norms normalise by the batch, as
+    ``delta``: what ``merger`` makes of the student as it was at the start and of the others. For a sum it is exact to add
+    what the student has changed since (c = 1). Of any other merger c is, for each tensor, the share of the own task vector
+    tau that arrives in the merge, ``c = <M(all) - M(all but own), tau> / |tau|^2`` with the own expert at the base in the
+    second; `refresh` works both out again from the student as it has become. Batch norms normalise by the batch, as
     statistics measured anew after merging would.
     """
 
@@ -39,18 +42,22 @@ class Inside(Student):
         kind: str,
         scales: tuple[float, float],
         seed: int,
-        merger: str = "task_arithmetic",
+        merger: str = SUM,
     ):
         super().__init__(expert, encoder, inputs, trained.moving, kind)
-        self.scales, self.seed = scales, seed
+        self.scales, self.seed, self.merger, self.others, self.zero = scales, seed, merger, others, base
+        self.expert = expert
         mine = set(self.moving.names)
         known = {n.removeprefix(self.prefix) for n in bound(encoder, base)}
-        delta = merged_delta({"": expert, **others}, base, merger)
+        delta, share = self._delta(trained.start())
         self.base: dict[str, Tensor] = {}
-        self.away: dict[str, Tensor] = {}  # added to the student's own tensor, or to the base's where it has none
+        self.away: dict[str, Tensor] = {}  # added to the share of the student's own tensor, where it has one
+        self.share: dict[str, Tensor] = {}
         for name in (n for n in base if n in delta and n in known and not is_statistic(n)):
             self.base[name] = there(base[name].float())
-            self.away[name] = there(delta[name] - expert[name].float() if name in mine else delta[name])
+            self.away[name] = there(delta[name])
+            if name in mine:
+                self.share[name] = there(share[name])
         merged = {self.prefix + name for name in self.base}
         self.fixed = {n: t for n, t in loaded(encoder, base).items() if n not in merged}
         # batch norms write into their statistics, even if only what was there
@@ -62,10 +69,40 @@ class Inside(Student):
         made = self.moving.weights(self.moving.params)
         tensors = dict(self.fixed)
         for name, zero in self.base.items():
-            delta = self.away[name] + made[name] if name in made else self.away[name]
+            delta = torch.addcmul(self.away[name], self.share[name], made[name]) if name in made else self.away[name]
             tensors[self.prefix + name] = torch.add(zero, delta, alpha=by)
         with moving(self.encoder, momentum=0.0):
             return forward(self.encoder, tensors, take(self.inputs, at), self.kind)
+
+    def _delta(self, made: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return ``delta - c student`` and c with the student's tensors ``made``, in the trained ones' names."""
+        now = {**self.expert, **made}
+        delta = merged_delta({"": now, **self.others}, self.zero, self.merger)
+        one = torch.ones(())
+        if self.merger == SUM:
+            share = dict.fromkeys(made, one)
+        else:
+            without = merged_delta({"": self.zero, **self.others}, self.zero, self.merger)
+            share = {
+                n: arrived(delta[n], without.get(n), t - self.zero[n].float()) for n, t in made.items() if n in delta
+            }
+        return {n: t - share[n] * made[n] if n in share else t for n, t in delta.items()}, share
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Work the merge out again from the student as it is now."""
+        delta, share = self._delta(home(self.moving.weights(self.moving.params)))
+        for known, found in ((self.away, delta), (self.share, share)):
+            for name, tensor in known.items():
+                tensor.copy_(found[name])
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """What `refresh` changes, for checkpoints."""
+        away, share = (
+            {f"{kind}/{n}": t for n, t in of.items()} for kind, of in (("away", self.away), ("share", self.share))
+        )
+        return away | share
 
     def scale(self, at: Int[Tensor, "batch"]) -> float:
         """Return the scale of a batch: one seed and one batch have the same one, whatever came before."""
@@ -80,10 +117,16 @@ def merged_delta(experts: Mapping[str, Weights], base: Weights, merger: str) -> 
     from ..sentence import parse
 
     names = [n for n in base if any(n in one and not torch.equal(one[n], base[n]) for one in experts.values())]
-    if merger != "task_arithmetic":
+    if merger != SUM:
         return {n: t.float() for n, t in merged_deltas(base, experts, parse(merger), names).items()}
     sums = {n: base[n].float() for n in names if base[n].is_floating_point()}
     return {n: sum((one[n].float() - t for one in experts.values()), torch.zeros_like(t)) for n, t in sums.items()}
+
+
+def arrived(delta: Tensor, without: Tensor | None, tau: Tensor) -> Tensor:
+    """Return the share of ``tau`` that is in ``delta`` and not in ``without``, which a merge had made without it."""
+    gap = delta if without is None else delta - without
+    return (gap * tau).sum() / tau.square().sum().clamp(min=1e-30)
 
 
 class Everyone(Twins):

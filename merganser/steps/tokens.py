@@ -131,6 +131,7 @@ class NextTokens:
 
     def __init__(self, inputs: Prompts, own: str, *, alpha: float, distance: str, wanted: ByKind):
         self.inputs, self.alpha, self.distance, self.wanted = inputs, alpha, distance, wanted
+        self.risen = 1.0
         self.own = inputs.kinds == inputs.names.index(own)
 
     def __call__(self, at: Int[Tensor, "batch"], logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -141,7 +142,8 @@ class NextTokens:
         rest = self._term(self.wanted.at(at[~mine]), logits[~mine], mask[~mine]) if not mine.all() else None
         zero = logits.sum() * 0
         own, rest = (zero if term is None else term for term in (own, rest))
-        return own + self.alpha * rest, {"own": own.detach(), "others": rest.detach()}
+        weight = self.alpha * (self.risen if torch.is_grad_enabled() else 1.0)  # held-out losses are to be of one kind
+        return own + weight * rest, {"own": own.detach(), "others": rest.detach()}
 
     def _term(self, target: tuple[Tensor, Tensor], logits: Tensor, mask: Tensor) -> Tensor:
         log_p, ids = there(target[0]), there(target[1])

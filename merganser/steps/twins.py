@@ -33,7 +33,7 @@ class Twins:
         sample: int = 0,
         hidden: Mapping[str, Bool[Tensor, "classes"]] | None = None,
     ):
-        self.heads, self.own, self.alpha = heads, own, alpha
+        self.heads, self.own, self.alpha, self.risen = heads, own, alpha, 1.0
         self.distance, self.temperature, self.form, self.sample = distance, temperature, form, sample
         self.stacked = Stacked(heads)
         self.hidden = dict(hidden or {})
@@ -74,7 +74,12 @@ class Twins:
             own = each[self.heads_own].mean()
             chosen = self._chosen(at)
             others = torch.stack([each[k].mean() for k in chosen]).mean() if chosen else own.detach() * 0
-        return own + self.alpha * others, {"own": own.detach(), "others": others.detach()}
+        return own + self.weight * others, {"own": own.detach(), "others": others.detach()}
+
+    @property
+    def weight(self) -> float:
+        """The others' weight: ``alpha``, times ``risen`` in training; held-out losses are to be of one kind."""
+        return self.alpha * (self.risen if torch.is_grad_enabled() else 1.0)
 
     @property
     def heads_own(self) -> int:
@@ -167,7 +172,7 @@ def _matched(cos: Float[Tensor, "own other"], threshold: float) -> list[tuple[in
         i, j = divmod(int(left.argmax()), left.shape[1])
         pairs.append((i, j, top))
         left[i], left[:, j] = -2, -2
-    return pairs
+    return sorted(pairs)  # equal cosines come up in any order
 
 
 def _span(heads: Mapping[str, AnyHead], own: str) -> Float[Tensor, "width k"] | None:

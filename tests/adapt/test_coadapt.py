@@ -102,24 +102,72 @@ def test_what_others_moved_counts_and_only_what_the_own_moved_is_trained(toy):
     assert not torch.equal(out["3.weight"], elsewhere["3.weight"])
 
 
-def test_another_merger_is_what_the_student_begins_in(toy):
+def inside(toy, merger, **knobs):
+    """Return a student of "east" inside merges of all experts at scale 0.7."""
     from merganser.steps.rank import Ranked
     from merganser.steps.together import Inside
 
     own = toy.experts["east"]
     others = {n: w for n, w in toy.experts.items() if n != "east"}
-    at = torch.arange(8)
-    for merger in ("task_arithmetic", "tsv", "ties(density=0.5)"):
-        student = Inside(own, toy.base, others, toy.encoder, toy.inputs, Ranked(own, list(toy.base), 0, 0), "fp32",
-                         (0.7, 0.7), 0, merger)  # fmt: skip
-        merged = merganser.merge(toy.base, toy.experts, f"{merger} | scale(by=0.7)")
-        torch.testing.assert_close(student(at), functional_call(toy.encoder, merged, (toy.inputs[at],)))
-        student.moving.params["3.bias"].data += 1
-        torch.testing.assert_close(student(at), functional_call(toy.encoder, merged, (toy.inputs[at],)) + 0.7)
+    trained = Ranked(own, list(toy.base), 0, 0, base=toy.base, experts=len(toy.experts), **knobs)
+    return Inside(own, toy.base, others, toy.encoder, toy.inputs, trained, "fp32", (0.7, 0.7), 0, merger)
 
 
-def test_interrupted_at_any_expert_it_ends_in_the_same_bytes(toy, tmp_path):
-    how = f"ri(steps=5, lr=0.003) | {SENTENCE}"
+def merged_output(toy, merger, own, at):
+    merged = merganser.merge(toy.base, {**toy.experts, "east": own}, f"{merger} | scale(by=0.7)")
+    return functional_call(toy.encoder, merged, (toy.inputs[at],))
+
+
+@pytest.mark.parametrize("merger", ["task_arithmetic", "average", "tsv", "ties(density=0.5)", "iso_c"])
+def test_another_merger_is_what_the_student_begins_in(toy, merger):
+    own, at = dict(toy.experts["east"]), torch.arange(8)
+    student = inside(toy, merger)
+    torch.testing.assert_close(student(at), merged_output(toy, merger, own, at))
+    if merger.startswith("ties"):
+        return  # of a vector only some entries arrive, their share stands for all
+    with torch.no_grad():  # a longer vector of a tensor that is averaged or summed: exactly what the merge makes of it
+        own["3.bias"] = own["3.bias"] + 2 * (own["3.bias"] - toy.base["3.bias"])
+        student.moving.params["3.bias"].copy_(own["3.bias"])
+    torch.testing.assert_close(student(at), merged_output(toy, merger, own, at))
+
+
+def test_a_refreshed_student_is_in_the_merge_of_what_it_has_become(toy):
+    student, at = inside(toy, "tsv"), torch.arange(8)
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in student.moving.params.values():
+            tensor += 0.05 * torch.randn(tensor.shape, generator=rng)
+    wanted = merged_output(toy, "tsv", dict(student.moving.params), at)
+    before = (student(at) - wanted).norm()
+    student.refresh()
+    torch.testing.assert_close(student(at), wanted)
+    assert before > 1e-3, "nothing to refresh"
+
+
+def test_within_the_rank_that_tsv_keeps_nothing_is_cut_off(toy):
+    adapted = adapt(toy, "ri(steps=5, lr=0.003, batch=50, within='tsv')")
+    given = {"steps": 5, "lr": 3e-3, "batch": 50, "within": "'tsv'", "merger": "'tsv'", "refresh": 2}
+    both = adapt(toy, f"coadapt({', '.join(f'{k}={v}' for k, v in given.items())})", adapted)
+    matrices = [n for n, t in toy.base.items() if t.ndim == 2]
+    for name in toy.experts:
+        for n in matrices:
+            k = max(1, min(toy.base[n].shape) // len(toy.experts))
+            for delta in (adapted[name][n] - toy.base[n], both[name][n] - toy.base[n]):
+                s = torch.linalg.svdvals(delta)
+                assert s[k:].max() < 1e-5 * s[0] < s[k - 1], (name, n)
+    start = inside(toy, "tsv", within="tsv").moving
+    made = start.weights(start.params)
+    u, s, v = torch.linalg.svd(toy.experts["east"][matrices[0]] - toy.base[matrices[0]])
+    k = max(1, len(s) // len(toy.experts))
+    torch.testing.assert_close(
+        made[matrices[0]], toy.base[matrices[0]] + u[:, :k] * s[:k] @ v[:k], rtol=1e-4, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("more", ["", ", merger='tsv', refresh=3"])
+def test_interrupted_at_any_expert_it_ends_in_the_same_bytes(toy, tmp_path, monkeypatch, more):
+    monkeypatch.setattr("merganser.train.Checkpoint.due", lambda self: True)  # so that it goes on, not anew
+    how = f"ri(steps=5, lr=0.003) | {SENTENCE[:-1]}{more})"
     whole = adapt(toy, how)
     names = list(toy.experts)
 
@@ -179,6 +227,10 @@ def test_bad_input_is_one_clear_error(toy):
         "rank='thin'",
         "held_out=1",
         "merger='ri | ties'",
+        "refresh=-1",
+        "within='ties'",
+        "within=4, rank=2",
+        "guard=-1",
     ):
         with pytest.raises(SentenceError, match=knob.split("=")[0].split(",")[0]):
             adapt(toy, f"coadapt({knob})")

@@ -219,3 +219,26 @@ def test_a_batch_in_small_parts_is_the_same_step(toy, how):
     assert {20, 8} <= set(sizes)
     for name in whole:
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=2e-6)
+
+
+def test_guard_is_the_change_seen_from_the_own_tasks_directions_and_holds_it_back(toy):
+    from merganser.steps.guard import Guard
+
+    expert, names = toy.experts["east"], list(toy.base)
+    guard = Guard(expert, toy.base, names)
+    assert guard(expert) == 0
+    matrices = [n for n in names if toy.base[n].ndim == 2]
+    tau = {n: (expert[n] - toy.base[n]).double() for n in matrices}
+    rng = torch.Generator().manual_seed(0)
+    change = {n: torch.randn(t.shape, generator=rng, dtype=torch.float64) for n, t in tau.items()}
+    wanted = sum((change[n] @ t.T).square().sum() for n, t in tau.items()) / sum(
+        (t @ t.T).square().sum() for t in tau.values()
+    )  # 24 rows at most, so all directions count
+    moved = {**expert, **{n: expert[n] + d.float() for n, d in change.items()}}
+    assert float(guard(moved)) == pytest.approx(float(wanted), rel=1e-3)
+    unseen = {n: d - d @ torch.linalg.pinv(t) @ t for (n, d), t in zip(change.items(), tau.values(), strict=True)}
+    moved = {**expert, **{n: expert[n] + d.float() for n, d in unseen.items()}}
+    assert float(guard(moved)) < 1e-6 * float(wanted)
+    free, held = (adapted(toy, guard=by) for by in (0.0, 100.0))
+    assert float(guard(held)) < 0.1 * float(guard(free))
+    assert drift(toy, held)[1] < drift(toy, free)[1], "the own outputs are kept better"

@@ -252,6 +252,29 @@ def test_continued_is_greedy_decoding_and_divergence_the_kl(lm):
     assert divergence(model, experts["up"], base, mine, kind="fp32") == pytest.approx(expected, rel=1e-4)
 
 
+def test_sampled_texts_follow_the_models_own_distribution(lm):
+    _, model, base, _, _ = lm
+    first = torch.tensor([[7]])
+    logits = torch.func.functional_call(
+        model, {model.prefix + n: t for n, t in base.items()},
+        ({"input_ids": first, "attention_mask": torch.ones_like(first)},),
+    )  # fmt: skip
+    for temperature in (1.0, 0.5):
+        texts = model.sampled(base, 1500, most=4, temperature=temperature, batch=100, kind="fp32")
+        assert len(texts) == 1500
+        assert texts == model.sampled(base, 1500, most=4, temperature=temperature, batch=100, kind="fp32")
+        # of texts that say anything: those that end at once are drawn again
+        p = (logits[0, -1] / temperature).softmax(0)[[1, 2, 3, 4, 5, 6]]
+        seen = torch.tensor([sum(t.split()[0] == letter for t in texts) for letter in "abcdef"])
+        wanted = p / p.sum() * seen.sum()
+        assert ((seen - wanted).square() / wanted).sum() < 20.5, "chi-square of 5 degrees of freedom at 0.001"
+    assert texts != model.sampled(base, 1500, most=4, temperature=0.5, batch=100, seed=1, kind="fp32")
+    inputs = model.prepare({"up": WORDS["up"], "down": WORDS["down"]}, texts[:20])
+    assert int((inputs.kinds == -1).sum()) == 20
+    with pytest.raises(ValueError, match="temperature"):
+        model.sampled(base, 2, temperature=0)
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_folders_as_on_the_hub_load_and_give_transformers_logits(tmp_path, kind):
     folder = write(tmp_path / "m", kind)

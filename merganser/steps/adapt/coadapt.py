@@ -13,11 +13,12 @@ from ...models.inputs import Prompts, Subset
 from ...progress import Tick
 from ...sentence import parse
 from ...train import Checkpoint, Plan
+from ..guard import Guard
 from ..knobs import check_training
 from ..moving import chosen
 from ..rank import Ranked
 from ..student import Halves, Split, targets_told, trainable
-from ..together import Everyone, Inside
+from ..together import SUM, Everyone, Inside
 from ..tokens import ByKind, NextTokens, TopTokens, top_tokens
 from ..twins import overlapping
 
@@ -38,6 +39,7 @@ def coadapt(
     merger: str = "task_arithmetic",
     low: float = 0.4,
     high: float = 1.0,
+    refresh: int = 25,
     alpha: float = 1.0,
     batch: int = 32,
     micro: int = 0,
@@ -47,6 +49,8 @@ def coadapt(
     overlap: float = 0.95,
     only: str = "*",
     rank: int | str = "own",
+    within: int | str = 0,
+    guard: float = 0.0,
     top: int = 64,
     held_out: float = 0.05,
     patience: int = 3,
@@ -72,11 +76,12 @@ def coadapt(
 
     others     the other experts' weights at this time, by name. `merganser.adapt` gives them, and takes for targets what the
                experts said before any adapting (a direct call: what ``expert`` and ``others`` say)
-    merger     what makes delta of all experts: another merging sentence, such as "tsv", is worked out once for each expert,
-               and what the student changes is added to it as if it were a sum
+    merger     what makes delta of all experts. For another merging sentence than a sum, such as "tsv", what the student
+               changes is added times the share of its task vector that arrives in the merge, tensor by tensor
+    refresh    such a merge is worked out again every so many steps (0: never); a sum needs none
     low, high  the scales of the merges trained in. Sentences whose best scale is another still gain
     overlap    as in `ri`: classes of other heads that the own head has too take no part in the second term
-    only, rank, micro, distance, temperature, top, held_out, patience   as in `ri`
+    only, rank, within, guard, micro, distance, temperature, top, held_out, patience   as in `ri`
 
     A language model (see `ri`) is to say in the merges what each expert says on its own prompts, and what the base says on
     generic text; half of a batch is of the own kind.
@@ -89,7 +94,8 @@ def coadapt(
     """
     check(
         merger=merger, steps=steps, lr=lr, low=low, high=high, alpha=alpha, batch=batch, micro=micro, distance=distance,
-        temperature=temperature, overlap=overlap, rank=rank, top=top, held_out=held_out,
+        temperature=temperature, overlap=overlap, rank=rank, within=within, guard=guard, refresh=refresh, top=top,
+        held_out=held_out,
     )  # fmt: skip
     known_as = inputs.names if isinstance(inputs, Prompts) else tuple(heads)
     if missing := [name for name in (own, *others) if name not in known_as]:
@@ -113,14 +119,21 @@ def coadapt(
         terms = Everyone(everyone, own, hidden=hidden, temperature=temperature, **how)
         at = split.everything
         terms.remember_all(at, len(inputs), {n: (_expert_features or ask.features)(n, at) for n in everyone})
-    trained = Ranked(expert, chosen(trainable(expert, base, encoder), only), rank, seed)
+    names = chosen(trainable(expert, base, encoder), only)
+    trained = Ranked(expert, names, rank, seed, base=base, within=within, experts=1 + len(others))
     student = Inside(expert, base, others, encoder, inputs, trained, _precision, (low, high), seed, merger)
+    guarded = Guard(expert, base, names) if guard else None
 
     def loss(at: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return terms(at, student(at))
+        value, told = terms(at, student(at))
+        if guarded is not None:
+            value = value + guard * guarded(trained.moving.weights(trained.moving.params)).to(value.device)
+        return value, told
 
     plan = Plan(steps, lr, weight_decay, patience=patience)
-    return trained.result(student.train(loss, split, plan, micro=micro, checkpoint=_checkpoint, log=_log, tick=_tick))
+    often = 0 if merger == SUM else refresh
+    best = student.train(loss, split, plan, micro=micro, refresh=often, checkpoint=_checkpoint, log=_log, tick=_tick)
+    return trained.result(best)
 
 
 class _Ask:

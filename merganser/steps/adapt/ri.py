@@ -12,6 +12,7 @@ from ...models.heads import AnyHead
 from ...models.inputs import Prompts, Subset
 from ...progress import Tick
 from ...train import Checkpoint, Plan
+from ..guard import Guard
 from ..knobs import check_training
 from ..moving import chosen, last_blocks
 from ..rank import Ranked
@@ -31,6 +32,7 @@ def ri(
     steps: int = 300,
     lr: float = 5e-5,
     alpha: float = 1.0,
+    ramp: float = 0.0,
     batch: int = 32,
     micro: int = 0,
     weight_decay: float = 1e-4,
@@ -42,7 +44,9 @@ def ri(
     only: str = "*",
     blocks: int = 0,
     rank: int | str = "own",
+    within: int | str = 0,
     pull: float = 0.0,
+    guard: float = 0.0,
     top: int = 64,
     held_out: float = 0.05,
     patience: int = 3,
@@ -63,6 +67,7 @@ def ri(
     compare logits. ``temperature`` divides the logits; the distance is multiplied by its square. Only tensors that
     fine-tuning moved are trained, so frozen embeddings stay frozen; batch norms keep the expert's running statistics.
 
+    ramp     over this share of the steps ``alpha`` rises from 0 along a line (0: it is constant)
     overlap  classes of other heads whose row is nearly one of the own head's (cosine at least this, all heads' mean row
              taken off) take no part in the other term: both terms cannot have them. Above 1: never
     form     the other term without knowing all heads: "rows" keeps the base's normalised features in the span of the
@@ -74,7 +79,11 @@ def ri(
              for every input, not at every step
     rank     a change B A of this rank of each matrix instead of itself (0). "own": where the expert is a LoRA adapter, its
              own B and A are trained on, and what is returned is an adapter again; other experts as with 0
+    within   the whole task vector of each matrix is held at this rank, which a merger that cuts to it does not touch:
+             its leading singular triplets are where training begins, the expert's outputs what it learns back. "tsv": as
+             many as TSV-M keeps of each of N experts, min(out, in) // N. 0: not. Adapters keep their own
     pull     adds ``pull |theta - expert|^2 / |expert - base|^2``
+    guard    adds ``guard`` times the change in the directions that the own task's inputs lie in (see `steps.guard`)
     top      language models: so many of the most likely next tokens are kept of a target, and one bin for all others
 
     A language model (``inputs`` are `Prompts`, ``encoder`` gives logits of next tokens) has no heads: it keeps the
@@ -92,10 +101,11 @@ def ri(
     Raises HeadError if ``own`` is not among the heads or a head does not fit; ValueError at a knob out of range.
     Source: Resolving Interference (arXiv 2603.13467), section 5, algorithm 1.
     """
-    check(steps=steps, lr=lr, alpha=alpha, batch=batch, distance=distance, held_out=held_out, micro=micro)
+    check(steps=steps, lr=lr, alpha=alpha, ramp=ramp, batch=batch, distance=distance, held_out=held_out, micro=micro)
     check(
-        temperature=temperature, form=form, sample=sample, overlap=overlap, rank=rank, pull=pull, top=top, blocks=blocks
-    )
+        temperature=temperature, form=form, sample=sample, overlap=overlap, rank=rank, within=within, pull=pull,
+        guard=guard, top=top, blocks=blocks,
+    )  # fmt: skip
     known_as = inputs.names if isinstance(inputs, Prompts) else tuple(heads)
     if own not in known_as:
         what = "prompts" if isinstance(inputs, Prompts) else "head"
@@ -122,18 +132,26 @@ def ri(
         names = [name for name in names if name in last]
         if not names:
             raise ValueError(f"blocks={blocks}: fine-tuning moved nothing in the last blocks")
-    trained = Ranked(expert, names, rank, seed)
+    trained = Ranked(expert, names, rank, seed, base=base, within=within, experts=len(known_as))
     moving = trained.moving
     moves = {n: expert[n] - base[n] for n in moving.names} if pull else {}
+    guarded = Guard(expert, base, names) if guard else None
     student = Student(expert, encoder, inputs, moving, _precision)
     student.remember_lower(split.everything)
 
     def loss(at: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         value, told = terms(at, student(at))
-        return (value + pull * moving.pull(moving.params, moves).to(value.device) if pull else value), told
+        if pull:
+            value = value + pull * moving.pull(moving.params, moves).to(value.device)
+        if guarded is not None:
+            value = value + guard * guarded(moving.weights(moving.params)).to(value.device)
+        return value, told
+
+    def rising(step: int) -> None:
+        terms.risen = min(1.0, (step + 1) / (ramp * steps)) if ramp else 1.0
 
     plan = Plan(steps, lr, weight_decay, patience=patience)
-    best = student.train(loss, split, plan, micro=micro, checkpoint=_checkpoint, log=_log, tick=_tick)
+    best = student.train(loss, split, plan, micro=micro, before=rising, checkpoint=_checkpoint, log=_log, tick=_tick)
     return trained.result(best)
 
 
