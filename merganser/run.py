@@ -163,7 +163,7 @@ def score_all(ready: Prepared, experts: Mapping[str, Any], stages: _Stages) -> l
         key = {
             "sentence": str(sentence),
             "scales": [ready.recipe.scales, ready.recipe.all_scales],
-            "seed": ready.recipe.seed,
+            "seed": ready.recipe.seed if sentence.merging.draws else None,
             "scored_on": ready.scored_on,
             "experts": _keys(ready, experts[how]),
             **_given(ready, sentence),

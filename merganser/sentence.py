@@ -134,6 +134,14 @@ class Sentence:
         return Sentence(tuple(s for s in self.steps if s.kind != "adapt"))
 
     @property
+    def draws(self) -> bool:
+        """Tell whether a seed can change the result: a step is given a generator, or is somebody else's."""
+        asked = [f for step in self.steps for f in (step.function, step.hook("prepare")) if f is not None]
+        return any("rng" in takes(f) for f in asked) or any(
+            not step.function.__module__.startswith(f"{__package__}.steps.") for step in self.steps
+        )
+
+    @property
     def _at(self) -> int:
         return next(k for k, s in enumerate(self.steps) if s.kind == "combine")
 

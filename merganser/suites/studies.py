@@ -7,6 +7,7 @@ Every variation is compared with the same mergers without adapting, scale chosen
 are the same for all seeds; a seed is that of the inputs' order, of the rows held out, and of mergers that draw.
 """
 
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -239,10 +240,14 @@ def bench(
     found: dict[tuple[str, str], _Found] = {}
     seconds: dict[str, list[float]] = {}
     experts: dict[str, list[float]] = {}
+    places: list[Path] = []
     for seed in range(seeds):
         for group in groups:
             place = folder / f"seed-{seed}" / slug(group.name)
             sentences = [*mergers, *(f"{how} | {m}" for how in group.adapts.values() for m in mergers)]
+            for earlier in places:
+                _share(earlier / "rows", place / "rows")
+            places.append(place)
             run(_as(group.change(recipe), sentences, seed), place, progress=progress)
             rows = _chosen(rows_in(place))
             top = (read_json(place / "scores.json") or {})["experts"]["mean"]["score"]
@@ -277,6 +282,14 @@ def bench(
     write_json(folder / "study.json", told)
     (folder / "study.svg").write_text(study_figure(told))
     return folder / "study.json"
+
+
+def _share(first: Path, place: Path) -> None:
+    """Copy what another run scored where this one has nothing yet: by its key a row tells whether it holds here too."""
+    place.mkdir(parents=True, exist_ok=True)
+    for file in first.glob("*.json"):
+        if not (place / file.name).exists():
+            shutil.copyfile(file, place / file.name)
 
 
 def _as(recipe: Recipe, sentences: list[str], seed: int) -> Recipe:

@@ -68,6 +68,22 @@ def models():
     return base, experts
 
 
+@pytest.mark.parametrize("how", [*SENTENCES, "della(density=0.5) | average"])
+def test_a_seed_changes_only_what_says_that_it_draws(models, how):
+    base, experts = models
+    experts = dict(list(experts.items())[: COUNT.get(how.split("(")[0], 3)])
+    ingredients = stand_ins(how, base, experts)
+    one, other = (merganser.merge(base, experts, how, seed=seed, ingredients=ingredients) for seed in (0, 1))
+    same = all(torch.equal(one[n], other[n]) for n in base)
+    assert same != parse(how).draws
+
+
+def test_what_is_drawn_in_a_survey_or_by_your_own_step_counts(tmp_path):
+    (tmp_path / "mine.py").write_text("def mean(deltas):\n    return deltas.mean(0)\n")
+    assert parse("permute | average").draws
+    assert parse(f"{tmp_path}/mine.py:mean").draws, "nobody knows"
+
+
 @pytest.mark.parametrize("how", SENTENCES)
 def test_memory_disk_and_parts_give_the_same_bytes(models, tmp_path, how):
     base, experts = models

@@ -101,6 +101,10 @@ def test_a_small_study_runs_and_is_read_back(tmp_path, monkeypatch):
             cell = one["mergers"][merger]
             assert len(cell["by_seed"]) == len(cell["scales"]) == 2
             assert cell["gain"]["score"] == pytest.approx(cell["with"] - cell["without"])
+    for seed, reused in ((0, False), (1, True)):  # what no seed can change is scored once
+        stages = json.loads((out / f"seed-{seed}" / "few" / "run.json").read_text())["stages"]
+        assert {s["reused"] for s in stages if s["name"] in ("score average", "score base and experts")} == {reused}
+        assert not any(s["reused"] for s in stages if s["name"].startswith("score ri"))
     by_hand = [
         r for r in rows_in(out / "seed-1" / "few") if r.adapt == "ri(steps=3, batch=8)" and r.merging == "average"
     ]
