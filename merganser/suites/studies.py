@@ -36,7 +36,10 @@ Change = Callable[[Recipe], Recipe]
 
 @dataclass(frozen=True)
 class Group:
-    """Variations that share all but the adapt words; ``change`` makes the recipe they share out of the suite's."""
+    """Variations that share all but the adapt words; ``change`` makes the recipe they share out of the suite's.
+
+    ``{merger}`` in adapt words stands for the merger that they are asked with, and ``{scales}`` for scales around its best.
+    """
 
     name: str
     adapts: Mapping[str, str]  # by label
@@ -136,6 +139,26 @@ def _first(n: int) -> Change:
     return change
 
 
+# around the best scales of these mergers after adapting, on the text suite
+SCALES = {"task_arithmetic": (0.4, 1.0), "ties": (1.0, 2.5), "tsv": (1.0, 2.0), "iso_c": (1.25, 3.0)}
+
+
+def _asked_with(adapt: str, merger: str) -> str:
+    """Return adapt words as they are asked with a merger."""
+    low, high = SCALES.get(merger, (1.5, 3.5))
+    return adapt.replace("{merger}", merger).replace("{scales}", f"low={low}, high={high}")
+
+
+def _aware(_recipe: Recipe, ri: Words) -> Sequence[Group]:
+    few, factors = ri(steps=100), ri(steps=100, within="tsv", lr=3e-4)
+    inside = "coadapt(steps=100, merger='{merger}', {scales})"
+    held = "coadapt(steps=100, lr=0.0003, within='tsv', merger='{merger}', {scales})"
+    return [
+        Group("all", {"ri, then coadapt": f"{few} | coadapt(steps=100)", "in the merger itself": f"{few} | {inside}",
+                      "the same, at tsv's rank": f"{factors} | {held}"})
+    ]  # fmt: skip
+
+
 def _together(_recipe: Recipe, ri: Words) -> Sequence[Group]:
     both = f"{ri()} | {ri.coadapt()}"
     return [Group("all", {"ri": ri(), "ri, 600 steps": ri(steps=600), "ri, then coadapt": both})]
@@ -161,6 +184,7 @@ STUDIES: dict[str, Study] = {
                           "features": ri(form="features")})
         ],
     ),
+    "aware": Study("Does it help to train inside merges of the very merger?", "adapting", _aware, ("ties", "tsv", "iso_c")),
     "together": Study("Does it help to train experts inside merges with each other?", "adapting", _together),
     "part": Study("Can a part of the numbers do?", "trained", _parts),
     "mergers": Study(
@@ -244,7 +268,8 @@ def bench(
     for seed in range(seeds):
         for group in groups:
             place = folder / f"seed-{seed}" / slug(group.name)
-            sentences = [*mergers, *(f"{how} | {m}" for how in group.adapts.values() for m in mergers)]
+            asked_of = [_asked_with(how, m) + f" | {m}" for how in group.adapts.values() for m in mergers]
+            sentences = list(dict.fromkeys([*mergers, *asked_of]))
             for earlier in places:
                 _share(earlier / "rows", place / "rows")
             places.append(place)
@@ -253,9 +278,10 @@ def bench(
             top = (read_json(place / "scores.json") or {})["experts"]["mean"]["score"]
             for label, adapt in group.adapts.items():
                 experts.setdefault(label, []).append(top)
-                seconds.setdefault(label, []).append(_adapting(place, _adapt_of(adapt)))
+                words = {m: _adapt_of(_asked_with(adapt, m)) for m in mergers}
+                seconds.setdefault(label, []).append(np.mean([_adapting(place, words[m]) for m in mergers]))
                 for merger in mergers:
-                    pair = rows[None, merger], rows[_adapt_of(adapt), merger]
+                    pair = rows[None, merger], rows[words[merger], merger]
                     found.setdefault((label, merger), _Found()).pairs.append(pair)
     adapts = {label: how for group in groups for label, how in group.adapts.items()}
     told = {

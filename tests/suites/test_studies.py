@@ -39,7 +39,7 @@ def test_every_study_asks_what_can_be_run(name, encoder):
         assert set(changed.tasks) == set(changed.experts)
         for adapt in group.adapts.values():
             for merger in asked.mergers:
-                for step in parse(f"{adapt} | {merger}").adapt:
+                for step in parse(f"{studies._asked_with(adapt, merger)} | {merger}").adapt:
                     step.hook("check")(**step.knobs)
 
 
