@@ -98,7 +98,7 @@ class Seq2SeqLM(CausalLM):
             found |= dict(zip(index.tolist(), rows[:, 1:].tolist(), strict=True))
         return [(text, self._decoded(found[k])) for k, text in enumerate(prompts)]
 
-    def sampled(self, *_given: Any, **_more: Any) -> list[str]:  # type: ignore[override]
+    def sampled(self, *_given: Any, **_more: Any) -> list[str]:
         """Raise DataError: an encoder-decoder model says nothing without a source."""
         raise DataError("an encoder-decoder model says nothing unasked: give sources to continued()")
 

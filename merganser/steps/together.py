@@ -27,7 +27,7 @@ class Inside(Student):
     ``delta``: what ``merger`` makes of the student as it was at the start and of the others. For a sum it is exact to add
     what the student has changed since (c = 1). Of any other merger c is, for each tensor, the share of the own task vector
     tau that arrives in the merge, ``c = <M(all) - M(all but own), tau> / |tau|^2`` with the own expert at the base in the
-    second; `refresh` works both out again from the student as it has become. Batch norms normalise by the batch, as
+    second. `refresh` works ``delta`` out again from the student as it has become. Batch norms normalise by the batch, as
     statistics measured anew after merging would.
     """
 
@@ -47,17 +47,16 @@ class Inside(Student):
         super().__init__(expert, encoder, inputs, trained.moving, kind)
         self.scales, self.seed, self.merger, self.others, self.zero = scales, seed, merger, others, base
         self.expert = expert
-        mine = set(self.moving.names)
         known = {n.removeprefix(self.prefix) for n in bound(encoder, base)}
-        delta, share = self._delta(trained.start())
+        start = trained.start()
+        delta = self._merged({**expert, **start})
+        self.share = {n: there(t) for n, t in self._shares(start, delta).items()}
+        delta = self._away(start, delta)
         self.base: dict[str, Tensor] = {}
         self.away: dict[str, Tensor] = {}  # added to the share of the student's own tensor, where it has one
-        self.share: dict[str, Tensor] = {}
         for name in (n for n in base if n in delta and n in known and not is_statistic(n)):
             self.base[name] = there(base[name].float())
             self.away[name] = there(delta[name])
-            if name in mine:
-                self.share[name] = there(share[name])
         merged = {self.prefix + name for name in self.base}
         self.fixed = {n: t for n, t in loaded(encoder, base).items() if n not in merged}
         # batch norms write into their statistics, even if only what was there
@@ -74,35 +73,32 @@ class Inside(Student):
         with moving(self.encoder, momentum=0.0):
             return forward(self.encoder, tensors, take(self.inputs, at), self.kind)
 
-    def _delta(self, made: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return ``delta - c student`` and c with the student's tensors ``made``, in the trained ones' names."""
-        now = {**self.expert, **made}
-        delta = merged_delta({"": now, **self.others}, self.zero, self.merger)
-        one = torch.ones(())
+    def _merged(self, own: Weights) -> dict[str, Tensor]:
+        return merged_delta({"": own, **self.others}, self.zero, self.merger)
+
+    def _shares(self, made: Mapping[str, Tensor], delta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return c of the student's tensors ``made``, of which and of the others ``delta`` is made."""
         if self.merger == SUM:
-            share = dict.fromkeys(made, one)
-        else:
-            without = merged_delta({"": self.zero, **self.others}, self.zero, self.merger)
-            share = {
-                n: arrived(delta[n], without.get(n), t - self.zero[n].float()) for n, t in made.items() if n in delta
-            }
-        return {n: t - share[n] * made[n] if n in share else t for n, t in delta.items()}, share
+            return dict.fromkeys(made, torch.ones(()))
+        without = self._merged(self.zero)
+        return {n: arrived(delta[n], without.get(n), t - self.zero[n].float()) for n, t in made.items()}
+
+    def _away(self, made: Mapping[str, Tensor], delta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return ``delta - c student`` with the student's tensors ``made``."""
+        return {n: t - self.share[n].cpu() * made[n] if n in made else t for n, t in delta.items()}
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Work the merge out again from the student as it is now."""
-        delta, share = self._delta(home(self.moving.weights(self.moving.params)))
-        for known, found in ((self.away, delta), (self.share, share)):
-            for name, tensor in known.items():
-                tensor.copy_(found[name])
+        made = home(self.moving.weights(self.moving.params))
+        delta = self._away(made, self._merged({**self.expert, **made}))
+        for name, tensor in self.away.items():
+            tensor.copy_(delta[name])
 
     @property
     def buffers(self) -> dict[str, Tensor]:
         """What `refresh` changes, for checkpoints."""
-        away, share = (
-            {f"{kind}/{n}": t for n, t in of.items()} for kind, of in (("away", self.away), ("share", self.share))
-        )
-        return away | share
+        return {f"away/{n}": t for n, t in self.away.items()}
 
     def scale(self, at: Int[Tensor, "batch"]) -> float:
         """Return the scale of a batch: one seed and one batch have the same one, whatever came before."""

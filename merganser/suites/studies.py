@@ -279,7 +279,7 @@ def bench(
             for label, adapt in group.adapts.items():
                 experts.setdefault(label, []).append(top)
                 words = {m: _adapt_of(_asked_with(adapt, m)) for m in mergers}
-                seconds.setdefault(label, []).append(np.mean([_adapting(place, words[m]) for m in mergers]))
+                seconds.setdefault(label, []).append(float(np.mean([_adapting(place, words[m]) for m in mergers])))
                 for merger in mergers:
                     pair = rows[None, merger], rows[words[merger], merger]
                     found.setdefault((label, merger), _Found()).pairs.append(pair)

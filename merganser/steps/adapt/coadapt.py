@@ -39,7 +39,7 @@ def coadapt(
     merger: str = "task_arithmetic",
     low: float = 0.4,
     high: float = 1.0,
-    refresh: int = 25,
+    refresh: int = 50,
     alpha: float = 1.0,
     batch: int = 32,
     micro: int = 0,
