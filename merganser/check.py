@@ -20,6 +20,7 @@ from .synthetic import is_source, known_source
 from .weights.delta import over
 from .weights.header import WHOLE, Head, Headers, Weights, folder_of, header, matches
 from .weights.open import Source, named, open_headers
+from .weights.quantised import as_stored
 from .weights.save import refuse_overwriting
 from .weights.settle import LOCK, NEW, PARTIAL, busy
 from .weights.stored import Stored, first, weight_files
@@ -84,7 +85,8 @@ def check(
         if plan is not None:
             found.plan["kept"] = []
             found.numbers |= {"tensors": len(plan.slots) + len(plan.full), "merged": len(plan.slots) + len(plan.full)}
-    remote = {who: w for who, w in told.sources.items() if isinstance(w, Headers)}
+    stored_as = {who: as_stored(w) for who, w in told.sources.items()}
+    remote = {who: w for who, w in stored_as.items() if isinstance(w, Headers)}
     for who, weights in remote.items():
         size = sum(nbytes(header(weights, name)) for name in weights)
         found.note(f"{weights.source} is on the Hub: {size / 1e9:.2f} GB", _who(who), "downloaded unless it is cached")

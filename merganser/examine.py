@@ -19,16 +19,19 @@ from .findings import Findings
 from .loop import Ingredient, Job, is_float, merge_each, survey
 from .sentence import Sentence, Step, find, parse, step_of, words_of
 from .weights.adapter import Adapter, Bare
-from .weights.header import folder_of, matches, quantised
+from .weights.delta import is_delta
+from .weights.header import Headers, folder_of, matches, quantised
 from .weights.hub import name_of as hub_name
 from .weights.match import Matched, match
 from .weights.open import Source, Weights, named, open_weights
 from .weights.parts import check_part
+from .weights.quantised import Dequantised, say
 from .weights.save import refuse_overwriting
 from .where import Patterns, Where, fitting
 
 How = str | Sentence | Iterable[Callable[..., Any] | str]
 Ingredients = Mapping[str, Source | Mapping[str, Source]]
+KIND = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 OUTPUTS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -77,13 +80,15 @@ def examine(
     if base is None:
         with found.gather("base"):
             sources = {"": _no_base(sources, stored), **sources}
-    elif stored == "adapter" and "" in sources:
-        sources = {**sources, "": _unread(found, sources)}
     if not wanted:
         found.error("there are no experts to merge", "experts", "give at least one", SentenceError)
     sentence = _sentence(found, how, tuple(wanted))
     with found.gather("--dtype"):
         target = check_output(dtype, stored, rank)
+    if base is not None and "" in sources:
+        origin = sources.pop("")
+        with found.gather("base"):
+            sources = {"": _plain(found, origin, list(sources.values()), stored, dtype), **sources}
     if part is not None:
         with found.gather("--part"):
             check_part(part)
@@ -132,16 +137,32 @@ def _no_base(sources: Mapping[str, Weights], stored: str) -> Weights:
     return Bare(weights for weights in sources.values() if isinstance(weights, Adapter))
 
 
-def _unread(found: Findings, sources: Mapping[str, Weights]) -> Weights:
-    """Return the base, or where it is quantised and all experts are adapters what stands for one that is not there."""
-    base, experts = sources[""], [weights for who, weights in sources.items() if who]
-    if not experts or not all(isinstance(one, Adapter) for one in experts) or not (whole := quantised(base)):
+def _plain(found: Findings, base: Weights, experts: Sequence[Weights], stored: str, dtype: str | None) -> Weights:
+    """Return the base; where it is quantised and all experts are what is added to it, as a plain one.
+
+    Merged into an adapter, those that change nothing but by LoRA need no base at all.
+    """
+    adapters = [one for one in experts if isinstance(one, Adapter)]
+    added = all(isinstance(one, Adapter) or is_delta(one) for one in experts)
+    if not experts or not added or isinstance(base, Adapter) or not (whole := quantised(base)):
         return base
-    found.warn(
-        f"'{whole}' holds integers (quantised), so the base is not read", "base",
-        "adapters are merged into one without it; that they fit it is not checked",
-    )  # fmt: skip
-    return Bare(one for one in experts if isinstance(one, Adapter))
+    if stored == "adapter" and adapters and all(one.is_bare for one in adapters):
+        found.warn(
+            f"'{whole}' is quantised, so the base is not read", "base",
+            "adapters are merged into one without it; that they fit it is not checked",
+        )  # fmt: skip
+        return Bare(adapters)
+    plain = Dequantised(base, None if dtype is None or stored != "model" else KIND[dtype], _shapes(base, adapters))
+    found.note(f"the base is {say(plain.told())}", "base", "tensor by tensor, while it is read")
+    return plain
+
+
+def _shapes(base: Weights, adapters: Iterable[Adapter]) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the base's tensors that adapters tell: all that is known of packed ones before a download."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for adapter in adapters if isinstance(base, Headers) else ():
+        shapes |= {adapter.seen_in(base)(f"{module}.weight"): adapter.shape(module) for module in adapter.modules}
+    return shapes
 
 
 def _adapters(found: Findings, base: Source | None, sources: Mapping[str, Weights]) -> None:

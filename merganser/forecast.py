@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .catalog import step as told_of
 from .errors import MerganserError
 from .weights.header import header
+from .weights.quantised import as_stored
 from .weights.stored import DTYPES
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def numbers(
         flying = max(flying, (len(job.experts) + 3) * min(sum(heavy), room))
         whole += len(heavy) - 1
     share = part[1] if part else 1
-    read = sum(nbytes(header(weights, name)) for weights in sources.values() for name in weights)
+    read = sum(nbytes(header(weights, name)) for weights in map(as_stored, sources.values()) for name in weights)
     out = sum(map(nbytes, written.values())) // share
     largest = max(sizes, key=lambda n: sizes[n], default="")
     return {

@@ -33,7 +33,7 @@ from .parallel import in_order, one_thread_each
 from .progress import Progress, silent
 from .sentence import Sentence, Step, find, takes
 from .weights.adapter import Factors
-from .weights.header import factors, header, shape_of, touches
+from .weights.header import factors, header, pieces, shape_of, touches
 from .where import Where
 
 CUT = 1 << 17  # entries; a multiple of 16, so that a generator draws for cuts what it draws for the whole tensor
@@ -290,9 +290,8 @@ def _from_factors(
 
 def _product(job: Job, name: str, merged: Factors, cut: int | None) -> Iterator[Piece]:
     """Yield a merged product piece by piece."""
-    origin, at = job.base[name].reshape(-1), 0
-    step = max(1, min(cut or CUT, origin.numel()))
-    for stored, value in zip(origin.split(step), merged.pieces(step), strict=True):
+    at, step = 0, max(1, min(cut or CUT, math.prod(shape_of(job.base, name))))
+    for stored, value in zip(pieces(job.base, name, step), merged.pieces(step), strict=True):
         if job.seen:
             job.seen("base", name, at, stored)
         yield Piece(at, stored, stored.to(value.dtype), value)
@@ -316,7 +315,7 @@ def _aligned(
 
 def _copied(job: Job, name: str) -> Iterator[Piece]:
     """Yield a tensor that no expert touches: only the base's is read."""
-    for k, stored in enumerate(job.base[name].reshape(-1).split(CUT)):
+    for k, stored in enumerate(pieces(job.base, name, CUT)):
         if job.seen:
             job.seen("base", name, k * CUT, stored)
         yield Piece(k * CUT, stored, stored, None)
@@ -570,13 +569,12 @@ def read(job: Job, name: str, cut: int | None, shape: tuple[int, ...], *, hold: 
     that the next piece overwrites, unless ``hold``. Raises WeightsError, naming tensor and model, at a value that is
     not finite.
     """
-    origin = job.base[name].reshape(-1)
-    numel, kind = origin.numel(), torch.float64 if origin.dtype == torch.float64 else torch.float32
+    numel, kind = math.prod(shape), torch.float64 if header(job.base, name)[0] == "F64" else torch.float32
     step = max(1, min(cut or numel, numel))
     parts = [_parts(weights, name, step) for weights in job.experts.values()]
     at = 0
     # splitting once is a tenth of the time of slicing each piece
-    for stored, *pieces in zip(origin.split(step), *parts, strict=False):
+    for stored, *theirs in zip(pieces(job.base, name, step), *parts, strict=False):
         n = stored.numel()
         base = stored.to(kind)
         if hold or at == 0:
@@ -584,7 +582,7 @@ def read(job: Job, name: str, cut: int | None, shape: tuple[int, ...], *, hold: 
             rows = list(buffer)
         if job.seen:
             job.seen("base", name, at, stored)
-        for row, (piece, whole), expert in zip(rows, pieces, job.experts, strict=True):
+        for row, (piece, whole), expert in zip(rows, theirs, job.experts, strict=True):
             out = row if n == len(row) else row[:n]
             if not whole:  # a delta, or None where the expert leaves the tensor alone
                 out.zero_() if piece is None else out.copy_(piece)

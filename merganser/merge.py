@@ -26,6 +26,7 @@ from .weights.header import folder_of
 from .weights.hub import name_of
 from .weights.open import Source
 from .weights.parts import Share, inputs_of
+from .weights.quantised import Dequantised, as_stored, write_plain
 from .weights.renamed import Renamed
 from .weights.save import carry, short, write_readme
 from .weights.sink import DTYPES, Sink, spec_of
@@ -75,7 +76,7 @@ def merge(
     Raises WeightsError (keys, shapes, non-finite values), SentenceError (grammar, steps, knobs; adapt words belong to
     `merganser.adapt` and `merganser.run`).
     """
-    found, _, sentence, ready = examine(
+    found, sources, sentence, ready = examine(
         base, experts, how, into=into, own=own, seed=seed, ingredients=ingredients, part=part, where=where,
         vocabulary=vocabulary, dtype=dtype, stored=stored, rank=rank,
     )  # fmt: skip
@@ -93,6 +94,7 @@ def merge(
         **({"dtype": dtype} if dtype else {}),
         **({"rank": rank} if rank is not None else {}),
         **({"vocabulary": vocabulary} if vocabulary else {}),
+        **({"dequantised": told.told()} if isinstance(told := sources[""], Dequantised) else {}),
         **(about or {}),
     }
     if ready.adapter is not None:
@@ -207,7 +209,9 @@ def hashes(jobs: Sequence[Job], seen: Seen, share: Share | None = None) -> dict[
         for who, weights in {"base": job.base, **job.experts}.items():
             if not getattr(weights, "made_up", False):  # a base of zeros is nobody's input
                 weights = weights.adapter if isinstance(weights, Adapted) else weights  # what it adds is what was read
-                mine = {n: seen.of(who, n, weights[n]) for n in weights if share is None or share.holds(n)}
+                own = Seen() if isinstance(weights, Dequantised) else seen  # what came by is not what lies on disk
+                weights = as_stored(weights)
+                mine = {n: own.of(who, n, weights[n]) for n in weights if share is None or share.holds(n)}
                 found.setdefault(who, {}).update(mine)
     return found
 
@@ -219,6 +223,8 @@ def finish(
     origin = folder_of(base)
     if origin is not None:
         carry(origin, folder)
+        if "dequantised" in card:
+            write_plain(folder, card["dequantised"]["dtype"])
         card = {"base": name_of(origin) or str(origin), **card}
     if carried is not None:
         carried(folder)
@@ -242,6 +248,8 @@ def identity(weights: Mapping[str, Tensor]) -> Any:
         return [identity(weights.weights), dict(weights.names)]
     if isinstance(weights, Bare):
         return {name: list(shape) for name, shape in weights.shapes.items()}
+    if isinstance(weights, Dequantised):
+        return [identity(weights.weights), weights.dtype]
     if isinstance(weights, Adapted):
         return [identity(weights.adapter.weights), weights.adapter.config]
     return digest(weights)

@@ -7,7 +7,7 @@ lies in the folder, `Adapted` the base with it, tensor by tensor when touched. N
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -187,6 +187,17 @@ class Adapter(Mapping[str, "Tensor"]):
         """Return the adapter with other tensors under some of the file's names, in memory, its settings the same."""
         return Adapter(self.path, {**self.weights, **tensors})
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether it is LoRA modules and nothing else: no tensor in full, no bias, no DoRA, which depend on the base."""
+        plain = (told.magnitude is None and told.bias is None for told in self.modules.values())
+        return not self.full and all(plain)
+
+    def seen_in(self, base: Weights) -> "Callable[[str], str]":
+        """Return what gives the base's name of one of the network's tensors."""
+        names = [f"{module}.weight" for module in self.modules]
+        return _aligned(names or list(self.full), base)
+
     def shape(self, module: str) -> tuple[int, ...]:
         """Return the shape of a module's change, as its factors give it."""
         told = self.modules[module]
@@ -204,8 +215,7 @@ class Adapted(View):
 
     def __init__(self, base: Weights, adapter: Adapter):
         self.base, self.adapter, self.path = base, adapter, adapter.path
-        names = [f"{module}.weight" for module in adapter.modules]
-        self.seen_as = _aligned(names or list(adapter.full), base)
+        self.seen_as = adapter.seen_in(base)
         self.modules = {self.seen_as(f"{module}.weight"): module for module in adapter.modules}
         self.full = {self.seen_as(name): key for name, key in adapter.full.items()}
         self.biases = {self.seen_as(f"{m}.bias"): m for m, told in adapter.modules.items() if told.bias is not None}
@@ -215,8 +225,8 @@ class Adapted(View):
         faults = [fault for name in (*self.modules, *self.biases) if (fault := self._fault(name))]
         if faults and (whole := quantised(base)):
             raise WeightsError(
-                f"'{whole}' of the base holds integers (quantised), so nothing can be added to it; write one adapter "
-                f"(--as-adapter), which needs no base, or give the model that was quantised",
+                f"'{whole}' of the base is quantised, so nothing can be added to it as it lies; merge adapters alone, for "
+                f"which it is dequantised, or give the model that was quantised",
                 [],
             )
         if faults:

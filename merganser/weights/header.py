@@ -22,6 +22,7 @@ Weights = Mapping[str, "Tensor"]
 Head = tuple[str, tuple[int, ...]]
 
 FLOATS = ("F64", "F32", "F16", "BF16")
+STATE = ".quant_state.bitsandbytes__"  # and the type, after a packed tensor's name
 WHOLE = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 NAMES = {f"torch.{kind}": name for name, (kind, _) in DTYPES.items()}
 
@@ -45,9 +46,13 @@ def shape_of(weights: Weights, name: str) -> tuple[int, ...]:
 
 
 def quantised(weights: Weights) -> str | None:
-    """Return the first matrix of integers that is called a weight, if any: GPTQ's ``qweight``, bitsandbytes' ``weight``."""
+    """Return the first weight that is packed, if any: a matrix of integers, or what bitsandbytes wrote a state for.
+
+    GPTQ and AWQ call theirs ``qweight``; bitsandbytes can keep its bytes in tensors of another dtype.
+    """
     heads = ((name, header(weights, name)) for name in weights if name.endswith("weight"))
-    return next((name for name, (kind, shape) in heads if kind in WHOLE and len(shape) > 1), None)
+    whole = next((name for name, (kind, shape) in heads if kind in WHOLE and len(shape) > 1), None)
+    return whole or next((name.partition(STATE)[0] for name in weights if STATE in name), None)
 
 
 def touches(weights: Weights, name: str) -> bool:
@@ -62,6 +67,13 @@ def factors(weights: Weights, name: str) -> "Factors | None":
     if isinstance(weights, Renamed):
         return factors(weights.weights, weights.names[name])
     return weights.factors(name) if isinstance(weights, View) else None
+
+
+def pieces(weights: Weights, name: str, step: int) -> "Iterator[Tensor]":
+    """Yield a tensor's entries in a row, ``step`` at a time, and no more of it than that where it has to be made."""
+    if isinstance(weights, Renamed):
+        return pieces(weights.weights, weights.names[name], step)
+    return weights.pieces(name, step) if isinstance(weights, View) else iter(weights[name].reshape(-1).split(step))
 
 
 def source(weights: Weights, name: str) -> tuple[Weights, str]:
@@ -116,6 +128,10 @@ class View(Mapping[str, "Tensor"]):
         """Return what a tensor adds to the base's as a product of two matrices, where it is known as one."""
         return None
 
+    def pieces(self, name: str, step: int) -> "Iterator[Tensor]":
+        """Yield a tensor's entries in a row, ``step`` at a time."""
+        yield from self[name].reshape(-1).split(step)
+
 
 class Picked(View):
     """Tensors from several weights, each under a name of its own: ``parts[name] = (weights, name there)``.
@@ -152,6 +168,10 @@ class Picked(View):
     def factors(self, name: str) -> "Factors | None":
         """Return what a tensor adds to the base's as a product."""
         return factors(*self.parts[name])
+
+    def pieces(self, name: str, step: int) -> "Iterator[Tensor]":
+        """Yield a tensor's entries in a row, ``step`` at a time."""
+        return pieces(*self.parts[name], step)
 
 
 class Headers(View):

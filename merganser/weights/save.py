@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..card import write_card
 from ..errors import WeightsError
+from .quantised import say
 from .settle import TAGS
 from .stored import INDEX, PICKLES, Stored
 
@@ -87,6 +88,7 @@ def write_readme(folder: Path, card: Mapping[str, Any]) -> None:
         f"# Merge of {len(kit['models'])} models" if kit else f"# Merge of {len(experts)} experts",
         "",
         *([_of_rank(card["adapter"]), ""] if "adapter" in card else []),
+        *([f"The base is {say(card['dequantised'])}.", ""] if "dequantised" in card else []),
         *([f"mergekit's `{kit['method']}`; the config is mergekit_config.yml beside the weights.", ""] if kit else []),
         "Made by [merganser](https://pypi.org/project/merganser/) with",
         "",

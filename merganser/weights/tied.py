@@ -11,6 +11,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from .header import FLOATS, Head, Headers, Weights, header
+from .quantised import Dequantised, as_stored
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,11 +42,14 @@ def canonical(base: Weights, experts: Mapping[str, Weights]) -> dict[str, str]:
     ``{"lm_head.weight": "embed.weight"}``: a step that draws must treat both alike, or the merged model is no longer
     tied. Pairs of the same dtype and shape are compared, first by a few of their bytes, in full only where those agree.
     """
-    if getattr(base, "made_up", False) or any(isinstance(weights, Headers) for weights in (base, *experts.values())):
+    known = (as_stored(base), *experts.values())
+    if getattr(base, "made_up", False) or any(isinstance(weights, Headers) for weights in known):
         return {}
+    packed = base.packed if isinstance(base, Dequantised) else {}  # tied ones are not quantised, and dear to compare
     groups: dict[tuple[Head, bytes], list[str]] = defaultdict(list)
     for name, head in _pairs(base).items():
-        groups[head, _sample(base, name)].append(name)
+        if name not in packed:
+            groups[head, _sample(base, name)].append(name)
     found: dict[str, str] = {}
     for names in groups.values():
         for first, other in combinations(names, 2):
