@@ -24,7 +24,7 @@ from .errors import WeightsError
 from .fingerprint import Seen
 from .loop import Job, Piece, applied, by_factors, merge_each, stays_linear, survey
 from .progress import Progress, silent
-from .steps.spectrum import leading
+from .steps.krylov import leading
 from .weights.adapter import CONFIG, FILES, PREFIX, Adapted, Adapter, Factors
 from .weights.header import header, shape_of
 from .weights.parts import inputs_of

@@ -42,7 +42,7 @@ def numbers(
     else as many whole tensors in fp32 as are in flight, each of them (experts + 3) times. ``seconds`` is a rough model,
     right within a factor of three where nothing else runs.
     """
-    from .loop import looks_again
+    from .loop import looks_again, read_once
     from .parallel import ROOM
 
     work, flying, looks, whole = 0.0, 0, 0, 0
@@ -56,8 +56,8 @@ def numbers(
                 continue
             work += _nanoseconds(job, name, steps, entries) * 1e-9
             cut, again = all(step.elementwise for step in steps), looks_again(steps)
-            held = cut and again  # read once for all looks at this tensor alone
-            looks = max(looks, sum(len(step.looks) for step in steps if not (held and step.scope == "tensor")))
+            once = read_once(steps)  # for all looks at this tensor alone
+            looks = max(looks, sum(len(step.looks) for step in steps if not (once and step.scope == "tensor")))
             if again or not cut:
                 heavy.append(entries)
         room = max(ROOM // max(1, len(job.experts)), *heavy)

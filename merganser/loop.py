@@ -239,12 +239,12 @@ def through(
     chosen = steps[:upto]
     pads: list[dict[str, Tensor]] = [{} for _ in chosen]
     shape = shape_of(job.base, name)
-    if cuts is None and cut is not None and looks_again(steps[: len(chosen)], surveys):
+    if cuts is None and read_once(steps[: len(chosen)], surveys):
         cuts = list(read(job, name, cut, shape, hold=True))
     known = _tensor_surveys(job, name, steps, pads, surveys, cuts)
     run = _Run(job, name, chosen, known, pads, shape)
-    if run.takes_factors(zeros) and (held := _held(job, name, shape)) is not None:
-        low = _from_factors(job, name, run, held, cut, zeros)
+    if run.takes_factors(zeros) and (given := _held(job, name, shape)) is not None:
+        low = _from_factors(job, name, run, given, cut, zeros)
         if low is not None:
             yield from low
             return
@@ -324,11 +324,21 @@ def _copied(job: Job, name: str) -> Iterator[Piece]:
 def looks_again(steps: Sequence[Step], surveys: Surveys = MappingProxyType({})) -> bool:
     """Tell whether a tensor is looked at more than once before it is merged, so that its deltas are better held.
 
-    That takes as much memory as the experts' tensor in fp32, so only sentences that are cut hold them: the others need
-    that much for their work. Not where the first step works on factors, of which no expert's delta is ever made.
+    Not where the first step works on factors, of which no expert's delta is ever made.
     """
     looks = sum(len(step.looks) for i, step in enumerate(steps) if _looks_here(i, step, surveys))
     return looks > 1 and not any(map(by_factors, steps[:1]))
+
+
+def read_once(steps: Sequence[Step], surveys: Surveys = MappingProxyType({})) -> bool:
+    """Tell whether a tensor's deltas are read once for all looks at it and for the merge.
+
+    That takes as much memory as the experts' tensor in fp32. A sentence that is not cut has them in memory anyway, unless
+    edits write into them: those would need a copy more.
+    """
+    at = next((k for k, step in enumerate(steps) if step.kind == "combine"), len(steps))
+    edited = any(step.kind == "edit" for step in steps[:at])
+    return looks_again(steps, surveys) and (not edited or all(step.elementwise for step in steps))
 
 
 def _looks_here(i: int, step: Step, surveys: Surveys) -> bool:
@@ -585,7 +595,10 @@ def read(job: Job, name: str, cut: int | None, shape: tuple[int, ...], *, hold: 
         for row, (piece, whole), expert in zip(rows, theirs, job.experts, strict=True):
             out = row if n == len(row) else row[:n]
             if not whole:  # a delta, or None where the expert leaves the tensor alone
-                out.zero_() if piece is None else out.copy_(piece)
+                if isinstance(piece, Factors):
+                    torch.mm(*piece, out=out.view(len(piece.left), -1))
+                else:
+                    out.zero_() if piece is None else out.copy_(piece)
                 continue
             if job.seen:
                 job.seen(expert, name, at, piece)
@@ -608,7 +621,8 @@ def _parts(weights: Mapping[str, Tensor], name: str, step: int) -> Iterator[tupl
         return repeat((None, False))
     low = factors(weights, name)
     if low is not None:
-        return ((piece, False) for piece in low.pieces(step))
+        whole = step >= math.prod(shape_of(weights, name)) and low.left.dtype == low.right.dtype
+        return iter([(low, False)]) if whole else ((piece, False) for piece in low.pieces(step))
     return ((piece, True) for piece in weights[name].reshape(-1).split(step))
 
 
