@@ -25,6 +25,7 @@ from .fingerprint import Seen
 from .loop import Job, Piece, applied, by_factors, merge_each, stays_linear, survey
 from .progress import Progress, silent
 from .steps.krylov import leading
+from .steps.select import CHUNK
 from .weights.adapter import CONFIG, FILES, PREFIX, Adapted, Adapter, Factors
 from .weights.header import header, shape_of
 from .weights.parts import inputs_of
@@ -208,8 +209,12 @@ class _Maker:
         if isinstance(piece.value, Factors):
             self.low[name] = piece.value
         elif piece.value is not None:
+            shape = shape_of(self.plan.job.base, name)
+            if piece.value.numel() == math.prod(shape):  # whole, so no other piece comes
+                self.dense[name] = piece.value.reshape(shape)
+                return
             if name not in self.dense:
-                self.dense[name] = torch.zeros(shape_of(self.plan.job.base, name), dtype=piece.value.dtype)
+                self.dense[name] = torch.zeros(shape, dtype=piece.value.dtype)
             self.dense[name].reshape(-1)[piece.at : piece.at + piece.value.numel()] = piece.value.reshape(-1)
 
     def done(self, name: str) -> None:
@@ -255,7 +260,7 @@ def shortened(value: Any, rank: int, *, exact: bool = False) -> tuple[Factors, f
         made = Factors(one.Q @ (u[:, :rank] * root), (two.Q @ (vt[:rank].mT * root)).mT)
         return made, float(s[rank:].square().sum()), float(s.square().sum())
     matrix = value.flatten(1)
-    total = float(matrix.double().square().sum())
+    total = sum(float(part.double().square().sum()) for part in matrix.reshape(-1).split(CHUNK))
     if total == 0:
         return Factors.zero(tuple(matrix.shape), matrix.dtype), 0.0, 0.0
     u, s, v = leading(matrix, rank)

@@ -371,6 +371,11 @@ class Bare(View):
 
         return torch.zeros(()).expand(self.shapes[name])
 
+    def pieces(self, name: str, step: int) -> "Iterator[Tensor]":
+        """Yield zeros, ``step`` at a time, that take no memory."""
+        flat = math.prod(self.shapes[name])
+        yield from (self[name].new_zeros(()).expand(min(step, flat - at)) for at in range(0, flat, step))
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
 
