@@ -188,6 +188,9 @@ def merge(
     if dry_run:
         told = (own, where, ingredient, vocabulary, dtype, stored_as(delta, as_adapter), read_rank(rank), part)
         return tell(checked(base, experts, how, to, *told, seed), as_json)
+    from .late import import_torch
+
+    import_torch()
     from .merge import merge
     from .progress import bars
     from .where import read_where

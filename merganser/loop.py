@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from . import late
 from .errors import SentenceError, WeightsError
 from .models.statistics import is_statistic
 from .parallel import in_order, one_thread_each
@@ -705,6 +706,7 @@ def generator(seed: int, tensor: str, expert: str, nth: int = 0) -> torch.Genera
 
     ``nth`` counts the earlier uses of the same step in a sentence, so that a second ``dare`` throws other dice.
     """
+    late.now()  # torch makes no generator without them
     named_seed = hashlib.sha256(f"{seed}|{tensor}|{expert}{f'|{nth}' if nth else ''}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(named_seed[:8], "little") >> 1)
 

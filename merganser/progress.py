@@ -4,6 +4,7 @@ with progress("adapt digits", steps) as tick:
     tick(1, own=0.1, others=0.2)
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -20,6 +21,10 @@ def silent(_label: str, _total: int) -> Iterator[Tick]:
 @contextmanager
 def bars(label: str, total: int) -> Iterator[Tick]:
     """Show a bar on standard error, which vanishes when done; plain silence where that is not a terminal."""
+    if not sys.stderr.isatty():  # without rich, which is a fiftieth of a short merge
+        with silent(label, total) as tick:
+            yield tick
+        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars

@@ -18,6 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from . import late
 from .errors import SentenceError, did_you_mean
 
 KINDS = ("adapt", "edit", "align", "combine")
@@ -172,6 +173,7 @@ def find(name: str) -> tuple[str, Callable[..., Any]]:
 
     others = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
     if name in others:
+        late.now()
         function = others[name].load()
         return kind_of(function), function
     raise SentenceError(
@@ -187,6 +189,7 @@ def _from_file(path: Path, name: str) -> tuple[str, Callable[..., Any]]:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # so that inspect finds passes and constants beside the function
+    late.now()
     try:
         spec.loader.exec_module(module)
     except Exception as error:
