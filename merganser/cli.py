@@ -202,6 +202,8 @@ def merge(
         return say({"merged": str(to), "config": base}, as_json, f"merged {base} into {to}")
     if not experts or not how:
         raise typer.BadParameter("give BASE, one or more EXPERT and --how SENTENCE, or a mergekit YAML alone")
+    if as_adapter or _is_cut(how):
+        freed_goes_back(64 << 20)
     merge(
         read_base(base), experts, how, into=to, own=own or (), seed=seed, ingredients=pairs(ingredient, "--ingredient"),
         part=read_part(part), where=read_where(where or ()), vocabulary=vocabulary, dtype=dtype,
@@ -606,14 +608,30 @@ def finish(report: Path, as_json: bool) -> None:
     typer.echo(f"\nreport: {report}")
 
 
+def _is_cut(how: str) -> bool:
+    """Tell whether a sentence works on cuts of tensors; one that is wrong is told by what reads it next."""
+    from .sentence import parse
+
+    with contextlib.suppress(MerganserError):
+        return all(step.elementwise for step in parse(how).merging.steps)
+    return False
+
+
+def freed_goes_back(size: int) -> None:
+    """Have freed memory go back to the system in pieces of ``size`` bytes; smaller ones are kept to be used again.
+
+    Whole matrices had better go at once, not into the heaps of the threads: half the memory. Cuts of tensors had not, nor
+    the small matrices of adapters, since fetching them again page by page costs a tenth of a merge.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # glibc only
+        tell = ctypes.CDLL(None).mallopt
+        tell(M_MMAP_THRESHOLD, size)
+        tell(M_TRIM_THRESHOLD, size)
+
+
 def main() -> None:
     """Run the command line."""
-    with contextlib.suppress(OSError, AttributeError):  # glibc only
-        # whole matrices go back to the system when they are freed, not into the heaps of the threads: half the memory;
-        # cuts of tensors do not, since fetching them again page by page would cost more than what is done to them
-        tell = ctypes.CDLL(None).mallopt
-        tell(M_MMAP_THRESHOLD, 4 << 20)
-        tell(M_TRIM_THRESHOLD, 4 << 20)
+    freed_goes_back(4 << 20)
     # importing torch makes many objects and no rubbish: looking through them again and again is a tenth of it
     gc.set_threshold(100_000)
     try:

@@ -8,6 +8,7 @@ are nearly all the work, a fifth to a third of a Gram matrix and its eigenvector
 Source: Musco and Musco, Randomized Block Krylov Methods (arXiv 1504.05477).
 """
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -63,8 +64,8 @@ class _Space:
         n = tall.shape[1]
         self.basis = torch.empty(n, width * max(STEPS))
         self.image = torch.empty(len(tall), width * max(STEPS))  # over ``size``, so that its squares are in range
-        rng = torch.Generator().manual_seed(0)
-        self.next = torch.linalg.qr(torch.randn(n, width, generator=rng)).Q
+        drawn = np.random.default_rng(0).standard_normal((n, width), dtype=np.float32)
+        self.next = torch.linalg.qr(torch.from_numpy(drawn)).Q
 
     def grow(self, steps: int) -> None:
         """Go on until the space has so many blocks, or is closed: all that the matrix makes of it lies in it."""

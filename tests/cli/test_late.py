@@ -7,6 +7,7 @@ import textwrap
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from merganser import late
 from merganser.sentence import known_steps
@@ -126,3 +127,23 @@ def test_merging_with_a_step_of_your_own_that_compiles(tmp_path):
     from merganser.weights.stored import Stored
 
     assert torch.equal(Stored(where[2])["weight"], torch.arange(12.0).reshape(3, 4) + 1)
+
+
+def test_merging_adapters_into_one_without_the_rules(tmp_path):
+    rng = torch.Generator().manual_seed(0)
+    for name in ("a", "b"):
+        tensors = {  # large enough for a Krylov space
+            f"base_model.model.layer.{part}.weight": torch.randn(shape, generator=rng)
+            for part, shape in (("lora_A", (4, 520)), ("lora_B", (512, 4)))
+        }
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["layer"]}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
+    given = ["none", str(tmp_path / "a"), str(tmp_path / "b"), "--how", "ties(scope='tensor')", "--as-adapter"]
+    done = subprocess.run(
+        [sys.executable, "-m", "merganser", "merge", *given, "--rank", "4", "--to", str(tmp_path / "one")],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert load_file(tmp_path / "one" / "adapter_model.safetensors")
