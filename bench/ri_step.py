@@ -3,6 +3,7 @@
     python bench/ri_step.py                     both encoders, 8 and 20 heads; prints ratios of medians
     python bench/ri_step.py --json out.json
     python bench/ri_step.py --blocks 1 2 4 --encoder minilm     the last blocks alone, against a step of all
+    python bench/ri_step.py --micro 8 --encoder minilm       a batch in parts: CPU seconds and peak memory of one at once
 
 The three run in turn in one process, a few steps each, for several rounds; the ratio is taken round by round, so it
 holds when the machine's speed drifts. Same encoder, batch, precision, optimiser and clipping for all three. Computing
@@ -11,6 +12,8 @@ the targets once, before the first step, is not part of a step; its seconds are 
 
 import argparse
 import json
+import multiprocessing
+import resource
 import statistics
 import time
 from itertools import pairwise
@@ -79,12 +82,12 @@ def moved(weights, encoder):
     return {n: t if frozen(n) else t + 1e-3 * torch.randn(t.shape, generator=rng) for n, t in weights.items()}
 
 
-def ours(encoder, base, expert, heads, inputs, batch, steps, blocks=0):
+def ours(encoder, base, expert, heads, inputs, batch, steps, blocks=0, micro=0):
     times = []
     tick = lambda advance=1, **_: times.append(time.perf_counter()) if advance else None  # noqa: E731
     started = time.perf_counter()
     ri(expert, base, heads, inputs, own=next(iter(heads)), encoder=encoder, steps=steps + 1, lr=1e-5, batch=batch,
-       held_out=0.0, blocks=blocks, _precision="bf16", _tick=tick)  # fmt: skip
+       held_out=0.0, blocks=blocks, micro=micro, _precision="bf16", _tick=tick)  # fmt: skip
     return [b - a for a, b in pairwise(times)], times[0] - started
 
 
@@ -194,6 +197,38 @@ def in_part(name, counts, rounds, steps):
     return found
 
 
+def in_parts(name, sizes, rounds, steps):
+    """Compare steps whose batch is taken in parts with whole ones, each in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    rows = {size: [] for size in (0, *sizes)}
+    for _ in range(rounds):
+        for size in rows:
+            with context.Pool(1) as pool:
+                rows[size].append(pool.apply(_parts, (name, size, steps)))
+    found = []
+    for size in sizes:
+        told = {"encoder": name, "micro": size, "rounds": rounds}
+        for k, what in enumerate(("cpu", "peak MiB over the start")):
+            ratios = [a[k] / b[k] for a, b in zip(rows[size], rows[0], strict=True)]
+            told[what] = {"ours": statistics.median(r[k] for r in rows[size]), "ratio": statistics.median(ratios)}
+        found.append(told)
+        print(told)
+    return found
+
+
+def _parts(name, micro, steps):
+    torch.set_num_threads(1)
+    encoder, base, inputs, width, batch = {"minilm": minilm, "vit-b-32": clip}[name]()
+    rng = torch.Generator().manual_seed(2)
+    heads = {n: Head(F.normalize(torch.randn(c, width, generator=rng), dim=1) * 20, None, True) for n, c in
+             list(CLASSES.items())[:8]}  # fmt: skip
+    expert = moved(base, encoder)
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    ours(encoder, base, expert, heads, inputs, batch, steps, micro=micro)
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    return after.ru_utime - before.ru_utime, (after.ru_maxrss - before.ru_maxrss) / 1024
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", action="append", choices=["minilm", "vit-b-32"])
@@ -201,10 +236,14 @@ def main():
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--blocks", type=int, nargs="+", help="instead: the last so many blocks alone")
+    parser.add_argument("--micro", type=int, nargs="+", help="instead: a batch in parts of so many inputs")
     parser.add_argument("--json")
     told = parser.parse_args()
     found = []
     for name in told.encoder or ["minilm", "vit-b-32"]:
+        if told.micro:
+            found += in_parts(name, told.micro, told.rounds, told.steps)
+            continue
         found += (
             in_part(name, told.blocks, told.rounds, told.steps)
             if told.blocks

@@ -1,0 +1,134 @@
+"""What else could help under TSV-M and Iso-C: other unlabeled texts, training inside the merger itself, a guard.
+
+    python bench/spectral.py --data TEXT_TASKS --to OUT --out docs/results/text-spectral.json
+    python bench/spectral.py ... --ways near mixed          some ways; those measured before stay in the JSON
+
+Each way is `ri` and `coadapt` of 100 steps an expert on the text suite's experts, one seed; scales are chosen on 300 rows a
+task for validation, scores are those of 800 for the test.
+
+    usual     the suite's 12,000 sentences, evenly of all files
+    near      12,000 of all 58,388: for every class of every head the sentences that the base puts nearest to it (1,000
+              a task, at least 8 a class), the rest at random
+    mixed     6,000 texts made of pieces of sentences and the words of a class, in any order, and 6,000 sentences
+    within    usual texts; task vectors held at the rank that TSV-M keeps, coadapted inside TSV-M's own merges
+    guard     usual texts; guard=2 in both steps
+
+``own`` is what the adapted experts themselves score on their tasks.
+"""
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from merganser.adapt import adapt, slug
+from merganser.evaluate.task import read_unlabeled
+from merganser.models.encoder import features
+from merganser.prepare import Prepared, prepare
+from merganser.progress import bars
+from merganser.recipe import LimitPart
+from merganser.sentence import parse
+from merganser.suites import text
+from merganser.suites.suite import recipe_for, shortened
+from merganser.sweep import score_experts, score_sentence
+
+COUNT, A_TASK = 12_000, 1000
+MERGERS = ("tsv", "iso_c")
+PLAIN = "ri(steps=100) | coadapt(steps=100)"
+HELD = "steps=100, lr=0.0003, within='tsv'"
+WAYS = {  # texts, adapt words
+    "none": ("usual", ""),
+    "usual": ("usual", PLAIN),
+    "near": ("near", PLAIN),
+    "mixed": ("mixed", PLAIN),
+    "within": ("usual", f"ri({HELD}) | coadapt({HELD}, merger='tsv', low=1.0, high=2.0)"),
+    "guard": ("usual", "ri(steps=100, guard=2.0) | coadapt(steps=100, guard=2.0)"),
+}
+SUITE = shortened(
+    text.SUITE, scales=(1.25, 1.5, 1.75, 2.0, 2.5, 3.0), limits=LimitPart(val=300, test=800, diagnose=0)
+)  # fmt: skip
+
+
+def near(texts: list[str], ready: Prepared) -> list[str]:
+    """Return the texts nearest to the classes, and others at random."""
+    x = F.normalize(features(ready.encoder, ready.base, ready.encoder.prepare(texts), kind=ready.kind).float(), dim=1)
+    chosen: set[int] = set()
+    for task in ready.tasks.values():
+        rows = F.normalize(ready.encoder.prompts([prompts[0] for prompts in task.prompts()]).float(), dim=1)
+        p = (20 * x @ rows.mT).log_softmax(dim=1)
+        chosen |= set(p.topk(max(8, A_TASK // len(rows)), dim=0).indices.flatten().tolist())
+    rng = random.Random(0)
+    rest = [k for k in range(len(texts)) if k not in chosen]
+    rng.shuffle(rest)
+    return [texts[k] for k in (*sorted(chosen), *rest)][:COUNT]
+
+
+def mixed(texts: list[str], ready: Prepared) -> list[str]:
+    """Return texts with the words of classes in them, and plain ones, in turn."""
+    rng, classes = random.Random(0), [list(task.classes) for task in ready.tasks.values()]
+
+    def piece(most: int) -> list[str]:
+        words = rng.choice(texts).split()
+        k = rng.randint(2, most)
+        start = rng.randrange(max(1, len(words) - k + 1))
+        return words[start : start + k]
+
+    def one() -> str:
+        parts = [piece(12), rng.choice(rng.choice(classes)).split(), *([piece(8)] if rng.random() < 0.5 else [])]
+        rng.shuffle(parts)
+        return " ".join(word for part in parts for word in part)
+
+    return [made for plain in rng.sample(texts, COUNT // 2) for made in (one(), plain)]
+
+
+def row(name: str, how: str, own: float, found: dict[str, tuple[float, float]], seconds: float) -> list[str]:
+    """Return a line: experts' own mean, and scale and mean of every merger."""
+    return [name, f"`{how}`" if how else "–", f"{own:.1f}", *(f"{mean:.1f} (scale {by:g})" for by, mean in found.values()),
+            f"{seconds:.0f}"]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--to", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    args = parser.parse_args()
+    recipe = recipe_for(SUITE, args.data, list(MERGERS), progress=bars)
+    usual = prepare(recipe)
+    assert recipe.inputs is not None, "the suite has inputs"
+    told: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {"rows": []}
+    for name in args.ways:
+        source, how = WAYS[name]
+        inputs = usual.inputs
+        if source != "usual":
+            texts = read_unlabeled(recipe.inputs.files)
+            inputs = usual.encoder.prepare({"near": near, "mixed": mixed}[source](texts, usual))
+        started, experts = time.monotonic(), usual.experts
+        if how:
+            place = args.to / source
+            experts = adapt(
+                usual.base, usual.experts, encoder=usual.encoder, heads=usual.heads, inputs=inputs, how=how,
+                into=place / slug(how), kind=usual.kind, heads_key=usual.heads_key, progress=bars,
+                _place=lambda part, place=place: place / slug(part),
+            )  # fmt: skip
+        seconds = (time.monotonic() - started) / len(experts)
+        own = 100 * score_experts(usual, experts)[0].mean
+        best = {m: score_sentence(usual, parse(m), experts, progress=bars)[-1] for m in MERGERS}
+        made = row(name, how, own, {m: (r.scale or 1.0, 100 * r.scores.mean) for m, r in best.items()}, seconds)
+        told["rows"] = [r for r in told["rows"] if r[0] != name] + [made]
+        told |= {
+            "head": ["way", "adapt words", "experts themselves", *(f"`{m}`" for m in MERGERS), "seconds an expert"]
+        }
+        told |= {"date": time.strftime("%Y-%m-%d"), "threads": torch.get_num_threads()}
+        args.out.write_text(json.dumps(told, indent=1) + "\n")
+        print(made, flush=True)
+
+
+if __name__ == "__main__":
+    main()
