@@ -127,6 +127,7 @@ class _Run:
     step: int = 0
     best: float = math.inf
     best_step: int = 0
+    lowest: float = math.inf  # since the first step
     stale: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
 
@@ -147,10 +148,10 @@ def train(
     """Minimise ``loss`` over ``params`` (fp32 leaves, changed in place); return the best tensors and the history.
 
     ``loss(indices)`` returns the loss and its terms, and may change ``buffers`` in place: checkpoints keep them too.
-    ``held_out()`` returns terms with a ``loss``: the tensors with the lowest one are returned, and after
-    ``plan.patience`` checks without a new lowest (0: never) the run stops. ``micro``: so many inputs of a batch at a time,
-    their gradients added up (0: all at once), so that activations take memory for no more. ``before(step)`` is called
-    before each step (0-based) and may change ``buffers``, not the parameters.
+    ``held_out()`` returns terms with a ``loss``: the tensors with the lowest one are returned (the start's, if that was
+    lower), and after ``plan.patience`` checks without a new lowest since the first step (0: never) the run stops.
+    ``micro``: so many inputs of a batch at a time, their gradients added up (0: all at once), so that activations take
+    memory for no more. ``before(step)`` is called before each step (0-based) and may change ``buffers``, not the parameters.
     """
     names = list(params)
     for tensor in params.values():
@@ -211,10 +212,13 @@ def _look(
 ) -> dict[str, Tensor] | None:
     held = {"held_out" if k == "loss" else f"held_{k}": v for k, v in terms.items()}
     run.history.append({"step": run.step, **held})
+    # the start is no mark to be stale by: a full learning rate often loses at first what its fall wins back
+    run.stale = 0 if terms["loss"] < run.lowest else run.stale + 1
+    if run.step:
+        run.lowest = min(run.lowest, terms["loss"])
     if terms["loss"] < run.best:
-        run.best, run.best_step, run.stale = terms["loss"], run.step, 0
+        run.best, run.best_step = terms["loss"], run.step
         return {name: tensor.detach().clone() for name, tensor in params.items()}
-    run.stale += 1
     return best
 
 

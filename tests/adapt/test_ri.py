@@ -290,3 +290,26 @@ def test_heads_may_be_any_function(toy):
     loops = ri(toy.experts["east"], toy.base, {n: Wrapped(h) for n, h in toy.heads.items()}, toy.inputs, **settings)
     for name in plain:
         torch.testing.assert_close(plain[name], loops[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("losses", "checks", "best"),
+    [
+        ([1.0, 1.3, 1.2, 1.1, 1.05, 0.9], 6, 5),  # what a full rate loses at first, its fall wins back
+        ([1.0, 1.3, 1.4, 1.4, 1.4, 0.9], 5, 0),  # three without a new lowest since the first step
+        ([1.0, 0.9, 0.95, 0.8, 0.85, 0.7], 6, 5),
+    ],
+)
+def test_the_start_is_no_mark_to_stop_by(losses, checks, best):
+    from merganser.train import train
+
+    told = iter(losses)
+    weight = {"w": torch.zeros(())}
+    plan = Plan(5, 1.0, schedule="constant", checks=5, patience=3)
+    out, history = train(
+        weight, lambda _at: (weight["w"].square() + weight["w"], {}), lambda _step: torch.arange(1), plan,
+        held_out=lambda: {"loss": next(told)},
+    )  # fmt: skip
+    seen = [line for line in history if "held_out" in line]
+    assert [line["held_out"] for line in seen] == losses[:checks]
+    assert bool(out["w"] == 0) == (best == 0), "the best weights are returned, be they the start's"
