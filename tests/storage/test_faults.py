@@ -138,16 +138,24 @@ def kills(tmp_path, moments, shard_size, tensors=30, width=3000):
     took = time.monotonic() - began
     process.wait(timeout=60)
     wanted = weights_bytes(tmp_path / "out")
-    held = []
-    for moment in moments:
+    held, left = [], list(moments)
+    for _ in range(3 * len(left)):
         shutil.rmtree(tmp_path / "out")
         shutil.copytree(old, tmp_path / "out")
         process = start(tmp_path, tmp_path / "out", shard_size)
         go(process)
-        time.sleep(moment * took)
+        time.sleep(left[0] * took)
+        in_time = process.poll() is None
         process.kill()
         process.wait(timeout=60)
         held.append(check_after_fault(tmp_path, tmp_path / "out", known, shard_size, wanted))
+        if in_time:
+            left.pop(0)
+        else:
+            took *= 0.8  # a machine that was busy is no longer: try that moment again
+        if not left:
+            break
+    assert not left, "every kill should come before the end"
     return held
 
 
@@ -159,9 +167,8 @@ def test_killed_in_the_middle(tmp_path):
 @pytest.mark.parametrize("shard_size", [10**10, 8 * 10**6])
 def test_killed_at_twenty_random_moments(tmp_path, shard_size):
     chance = random.Random(shard_size)
-    moments = sorted(chance.uniform(0, 1.1) for _ in range(20))
-    held = kills(tmp_path, moments, shard_size, tensors=60)
-    assert held.count("old") > 5, "most kills should come before the end"
+    moments = sorted(chance.uniform(0, 1) for _ in range(20))
+    assert "old" in kills(tmp_path, moments, shard_size, tensors=60)
 
 
 @pytest.mark.slow
