@@ -94,7 +94,8 @@ def _competition(deltas: Float[Tensor, "experts *cut"], sizes: Limits, rule: str
     """Return b_t."""
     small = [_minmax(one.abs(), *limits) for one, limits in zip(deltas, sizes, strict=True)]
     signed = deltas if rule == "paper" else [one.sign() * x for one, x in zip(deltas, small, strict=True)]
-    total = reduce(torch.add, signed)
+    # in float64, so that what cancels is zero whatever the order of experts: a weight of rounding noise would count in full
+    total = reduce(torch.add, [one.double() for one in signed]).to(deltas.dtype)
     return [torch.exp(len(deltas) * x.square()) * torch.tanh(one * total) for one, x in zip(deltas, small, strict=True)]
 
 
