@@ -8,8 +8,8 @@ small   four adapters of rank 16 on 126 modules (a Llama of 18 layers, hidden 76
         turn; ratios are taken round by round. The results are compared module by module.
 knots   eight experts of rank 16 on 768 x 768: the published decomposition (float64, of all deltas side by side) and ours
 big     eight adapters of the shape of a 7B model (32 layers, hidden 4096, keys 1024, mlp 14336), without a base; beside it
-        the sum in full and its decomposition of two modules (1024 and 4096 x 4096), from which those 128 of the 224 that
-        have these shapes are extrapolated
+        PEFT's `add_weighted_adapter` on the same adapters: `svd`, which would take most of a day, until --limit seconds
+        are over (what it has used by then is a lower bound), and `cat` to its end
 
 Adapters are random, so unrelated: the case in which a rank loses most. One thread unless --threads says otherwise.
 """
@@ -17,9 +17,11 @@ Adapters are random, so unrelated: the case in which a rank loses most. One thre
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from datetime import date
 from pathlib import Path
@@ -35,6 +37,7 @@ CASES = {  # PEFT's combination, our sentence, our rank
     "cat": ("average", "exact"),
     "linear": ("average", "16"),  # what is meant by it: PEFT's own is another sum, see docs/lora.md
 }
+PEERS = {"average": "peft svd", "average, exact": "peft cat"}  # of the 7B shapes
 OURS = [sys.executable, "-m", "merganser.cli", "merge", "none"]
 
 
@@ -74,8 +77,8 @@ def write(folder: Path, shapes: dict[str, tuple[int, int]], seed: int, half: boo
     return folder
 
 
-def run(command: list[str], threads: int) -> dict[str, float]:
-    """Run a process to its end; return its CPU and wall seconds and the peak of its resident memory in MiB."""
+def run(command: list[str], threads: int, limit: float | None = None) -> dict[str, float]:
+    """Run a process to its end, or for ``limit`` seconds; return CPU and wall seconds, the resident peak in MiB, "ended"."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
@@ -85,15 +88,21 @@ def run(command: list[str], threads: int) -> dict[str, float]:
     environment["PYTHONPATH"] = str(ROOT)
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment, cwd=ROOT)
+    watch = threading.Timer(limit or threading.TIMEOUT_MAX, process.kill)
+    watch.daemon = True
+    watch.start()
     said = process.stderr.read().decode() if process.stderr else ""
     _, status, used = os.wait4(process.pid, 0)
-    if status:
+    watch.cancel()
+    stopped = limit is not None and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    if status and not stopped:
         raise SystemExit(f"{' '.join(command[:6])} ... failed:\n{said[-2000:]}")
-    return {"cpu": used.ru_utime + used.ru_stime, "wall": time.perf_counter() - started, "peak": used.ru_maxrss / 1024}
+    found = {"cpu": used.ru_utime + used.ru_stime, "wall": time.perf_counter() - started, "peak": used.ru_maxrss / 1024}
+    return found if limit is None else {**found, "ended": not stopped}
 
 
-def by_peft(how: str, adapters: list[str], to: str) -> None:
-    """Do the peer's part; called in a process of its own."""
+def by_peft(how: str, shapes: dict[str, int], adapters: list[str], to: str) -> None:
+    """Do the peer's part; called in a process of its own. The base's weights are never touched, so they take no memory."""
     import torch
     from peft import PeftModel
     from torch import nn
@@ -103,7 +112,7 @@ def by_peft(how: str, adapters: list[str], to: str) -> None:
 
     net = Block()
     with torch.device("cpu"):
-        for name, (out, inner) in modules(**SMALL).items():
+        for name, (out, inner) in modules(**shapes).items():
             *path, last = name.split(".")
             place: nn.Module = net
             for part in path:
@@ -217,34 +226,31 @@ def knots(rounds: int, threads: int) -> dict[str, Any]:
     }
 
 
-def big(data: Path, threads: int) -> dict[str, Any]:
+def big(data: Path, threads: int, limit: float) -> dict[str, Any]:
     adapters = [str(write(data / f"big-{k}", modules(**BIG), k, half=True)) for k in range(8)]
     found: dict[str, Any] = {
         "bytes_of_adapters": sum((Path(a) / "adapter_model.safetensors").stat().st_size for a in adapters)
     }
-    for name, sentence, rank in (
-        ("average", "average", "16"),
-        ("knots | ties", "knots | ties", "16"),
-        ("core | tsv", "core | tsv", "16"),
-    ):
+    for name, rank in (("average", "16"), ("average, exact", "exact"), ("knots | ties", "16"), ("core | tsv", "16")):
+        sentence = name.partition(",")[0]
         found[name] = run(
             [*OURS, *adapters, "--how", sentence, "--as-adapter", "--rank", rank, "--to", str(data / "big")], threads
         )
         print(name, json.dumps(found[name]), flush=True)
-    code = (
-        "import sys, time, torch\n"
-        "out, inner = map(int, sys.argv[1:]); torch.manual_seed(0)\n"
-        "pairs = [(torch.randn(out, 16), torch.randn(16, inner)) for _ in range(8)]\n"
-        "u, s, v = torch.linalg.svd(sum(b @ a for b, a in pairs) / 8, full_matrices=False)\n"
-        "made = (u[:, :16] * s[:16]).contiguous(), v[:16].contiguous()\n"
-    )
-    shapes = {(1024, 4096): 64, (4096, 4096): 64}
-    in_full = {shape: run([sys.executable, "-c", code, *map(str, shape)], threads) for shape in shapes}
-    nothing = run([sys.executable, "-c", "import torch"], threads)
-    found["in full"] = {f"{a} x {b}": told for (a, b), told in in_full.items()}
-    found["in full"]["cpu of those 128 modules, extrapolated"] = round(
-        sum(count * (in_full[shape]["cpu"] - nothing["cpu"]) for shape, count in shapes.items())
-    )
+    for how in ("svd", "cat"):
+        command = [
+            sys.executable,
+            __file__,
+            "--peft",
+            how,
+            "--shapes",
+            "big",
+            "--to",
+            str(data / "big-peft"),
+            *adapters,
+        ]
+        found[f"peft {how}"] = run(command, threads, limit)
+        print("peft", how, json.dumps(found[f"peft {how}"]), flush=True)
     return found
 
 
@@ -262,18 +268,29 @@ def rows_of(parts: dict[str, Any]) -> list[list[str]]:
         lines.append(
             ["KnOTS of 768 x 768, 8 experts", f"{theirs:.2f}", f"{ours:.3f}", f"{1 / knots['faster']:.4f}", "–", "–"]
         )
-    for sentence in ("average", "core | tsv", "knots | ties"):
-        if big := parts.get("big", {}).get("result", {}).get(sentence):
-            lines.append(
-                [f"7B-shaped, 8 experts, `{sentence}`", "–", f"{big['cpu']:.0f}", "–", "–", f"{big['peak']:.0f}"]
-            )
+    big = parts.get("big", {}).get("result", {})
+    for sentence in ("average", "average, exact", "core | tsv", "knots | ties"):
+        if sentence in big:
+            lines.append(_big_row(sentence, big[sentence], big.get(PEERS.get(sentence, ""))))
     return lines
+
+
+def _big_row(sentence: str, ours: dict[str, float], theirs: dict[str, float] | None) -> list[str]:
+    """Return one row of the 7B shapes; of a process that was stopped before its end all numbers are lower bounds."""
+    name, own = f"7B-shaped, 8 experts, `{sentence}`", (f"{ours['cpu']:.1f}", f"{ours['peak']:.0f}")
+    if theirs is None:
+        return [name, "–", own[0], "–", "–", own[1]]
+    over, under = ("", "") if theirs["ended"] else ("over ", "under ")
+    cpu, peak = f"{over}{theirs['cpu']:.1f}", f"{over}{theirs['peak']:.0f}"
+    return [name, cpu, own[0], f"{under}{ours['cpu'] / theirs['cpu']:.3f}", peak, own[1]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("adapters", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--peft", help=argparse.SUPPRESS)
+    parser.add_argument("--shapes", default="small", help=argparse.SUPPRESS)
+    parser.add_argument("--limit", type=float, default=600, help="seconds until PEFT is stopped on the 7B shapes")
     parser.add_argument("--to", required=True, help="a folder for adapters and results; the 7B ones have 0.7 GB")
     parser.add_argument("--parts", nargs="+", default=["small", "knots", "big"])
     parser.add_argument("--rounds", type=int, default=3)
@@ -281,7 +298,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "lora_speed.json")
     told = parser.parse_args()
     if told.peft:
-        return by_peft(told.peft, told.adapters, told.to)
+        return by_peft(told.peft, {"small": SMALL, "big": BIG}[told.shapes], told.adapters, told.to)
     data = Path(told.to).resolve()
     kept = json.loads(told.out.read_text()) if told.out.is_file() else {}
     found = kept.get("parts", {})
@@ -289,7 +306,7 @@ def main() -> None:
         calls = {
             "small": lambda: small(data, told.rounds, told.threads),
             "knots": lambda: knots(told.rounds, told.threads),
-            "big": lambda: big(data, told.threads),
+            "big": lambda: big(data, told.threads, told.limit),
         }
         result = calls[part]()
         found[part] = {"date": str(date.today()), "threads": told.threads, "result": result}

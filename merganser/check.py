@@ -287,6 +287,7 @@ def check_suite(
     into: str | Path,
     seeds: int = 1,
     study: str | None = None,
+    ri: str | None = None,
     **settings: Any,
 ) -> Findings:
     """Return all that will go wrong with `bench` of a suite, or of a study on it, or with `demo`."""
@@ -304,7 +305,7 @@ def check_suite(
         if study is not None:
             from .suites import studies
 
-            studies.suite_of(name, suite)
+            studies.words_of(studies.suite_of(name, suite), ri)
             studies.open_study(study)
     experts: list[str] = []
     written: Sequence[str] = suite.SENTENCES if suite is not None else []

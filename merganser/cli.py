@@ -549,8 +549,11 @@ def bench(
         str | None,
         typer.Option(
             help="text, lora, vision: a question over several seeds, with table and figure: alpha, amount, distance, form, "
-            "lr, mergers, part, sources, steps, tasks or together. --how then replaces its mergers."
+            "lr, mergers, part, sources, steps, tasks, together or aware. --how then replaces its mergers."
         ),
+    ] = None,
+    ri: Annotated[
+        str | None, typer.Option(help="With --study: knobs of the suite's own ri to change, such as 'ri(steps=100)'.")
     ] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -561,13 +564,15 @@ def bench(
 
     settings: dict[str, Any] = {"network": network, "family": family, "models": models}
     settings |= {"inputs": inputs, "rows": rows, "protocol": protocol}
+    if ri is not None and study is None:
+        raise DataError("--ri changes what a study adapts with: give --study too")
     suite = open_suite(name, **settings)
     if data is None and name in ("domains", "domainnet"):
         raise DataError(f"suite '{name}' needs --data FOLDER")
     if dry_run:
         from .check import check_suite
 
-        return tell(check_suite(name, data, how, to, seeds, study=study, **settings), as_json)
+        return tell(check_suite(name, data, how, to, seeds, study=study, ri=ri, **settings), as_json)
     if name in ON_THE_HUB:
         from .suites.hub import located
 
@@ -578,7 +583,7 @@ def bench(
 
         chosen = studies.suite_of(name, suite)
         assert data is not None, "suites with studies are on the Hub, so there is a folder now"
-        found = studies.bench(chosen, data, to, study, seeds=seeds, how=how, progress=bars)
+        found = studies.bench(chosen, data, to, study, seeds=seeds, how=how, ri=ri, progress=bars)
         return show_study(found, as_json)
     path = suite.bench(data, to, how=how or None, seeds=seeds, experts_only=experts_only, progress=bars)
     if experts_only:

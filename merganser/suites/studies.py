@@ -75,10 +75,19 @@ def _written(word: str, knobs: Mapping[str, Any]) -> str:
     return f"{word}({told})" if told else word
 
 
-def words_of(suite: Suite) -> Words:
-    """Return how a suite writes ``ri``: as in the first of its sentences that adapts."""
+def words_of(suite: Suite, changed: str | None = None) -> Words:
+    """Return how a suite writes ``ri``, as in the first of its sentences that adapts; ``changed``: with these knobs changed.
+
+    Raises DataError where ``changed`` is something else than one ``ri``.
+    """
     adapted = [step for text in suite.sentences for step in parse(text).adapt if step.name == "ri"]
-    return Words(adapted[0].knobs if adapted else {})
+    own = dict(adapted[0].knobs) if adapted else {}
+    if changed is not None:
+        steps = adapt_steps(changed)
+        if [step.name for step in steps] != ["ri"]:
+            raise DataError(f"--ri '{changed}': give ri with the knobs to change, such as 'ri(steps=100)'")
+        own |= steps[0].knobs
+    return Words(own)
 
 
 def _knob(name: str, values: Sequence[Any]) -> Callable[[Recipe, Words], Sequence[Group]]:
@@ -246,21 +255,23 @@ def bench(
     *,
     seeds: int = 3,
     how: Sequence[str] | None = None,
+    ri: str | None = None,
     progress: Progress = silent,
 ) -> Path:
     """Run the study ``name`` on a suite; return ``study.json``, beside which lies its figure.
 
-    ``how`` replaces the study's mergers. Runs that are done are read back. Raises DataError as `suite.bench` does.
+    ``how`` replaces the study's mergers, ``ri`` changes knobs of the suite's own ``ri``. Runs that are done are read
+    back. Raises DataError as `suite.bench` does.
     """
     from ..report.figure import study_figure
 
-    asked = open_study(name)
+    asked, words = open_study(name), words_of(suite, ri)
     mergers = [str(split_scale(parse(text)).sentence) for text in how or asked.mergers]
     if adapting := [text for text in mergers if parse(text).adapt]:
         raise DataError(f"--how '{adapting[0]}': a study adapts by itself; give what comes after, such as ties")
     folder = Path(to)
     recipe = recipe_for(suite, data, mergers, progress=progress)
-    groups = asked.groups(recipe, words_of(suite))
+    groups = asked.groups(recipe, words)
     found: dict[tuple[str, str], _Found] = {}
     seconds: dict[str, list[float]] = {}
     experts: dict[str, list[float]] = {}
@@ -278,10 +289,10 @@ def bench(
             top = (read_json(place / "scores.json") or {})["experts"]["mean"]["score"]
             for label, adapt in group.adapts.items():
                 experts.setdefault(label, []).append(top)
-                words = {m: _adapt_of(_asked_with(adapt, m)) for m in mergers}
-                seconds.setdefault(label, []).append(float(np.mean([_adapting(place, words[m]) for m in mergers])))
+                by = {m: _adapt_of(_asked_with(adapt, m)) for m in mergers}
+                seconds.setdefault(label, []).append(float(np.mean([_adapting(place, by[m]) for m in mergers])))
                 for merger in mergers:
-                    pair = rows[None, merger], rows[words[merger], merger]
+                    pair = rows[None, merger], rows[by[merger], merger]
                     found.setdefault((label, merger), _Found()).pairs.append(pair)
     adapts = {label: how for group in groups for label, how in group.adapts.items()}
     told = {
@@ -291,7 +302,7 @@ def bench(
         "axis": asked.axis,
         "title": f"{recipe.title.split(':')[0]}: {asked.question}",
         "date": time.strftime("%Y-%m-%d"),
-        "command": f"{recipe.command} --study {name} --seeds {seeds}",
+        "command": f"{recipe.command} --study {name} --seeds {seeds}" + (f" --ri '{ri}'" if ri else ""),
         "seeds": seeds,
         "mergers": mergers,
         "variations": [

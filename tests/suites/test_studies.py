@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_text_suite import needs_data, needs_minilm, piece
 
-from merganser.errors import DataError
+from merganser.errors import DataError, SentenceError
 from merganser.evaluate.run import Outcome, Scores
 from merganser.evaluate.table import Row, rows_in
 from merganser.recipe import InputsPart, ModelPart, Recipe
@@ -48,6 +48,7 @@ def test_ri_is_written_as_the_suite_does():
     conv = words_of(vision.CONV)
     assert conv() == "ri(steps=300, lr=0.0005, batch=64)"
     assert conv(steps=50) == "ri(steps=50, lr=0.0005, batch=64)"
+    assert words_of(vision.CONV, "ri(steps=100, alpha=3)")() == "ri(steps=100, lr=0.0005, batch=64, alpha=3)"
     rates = STUDIES["lr"].groups(recipe(), conv)[0].adapts
     assert list(rates) == ["0.0002", "0.0005", "0.001", "0.005"]
 
@@ -78,6 +79,10 @@ def test_unknown_studies_and_adapting_mergers_are_told(tmp_path):
         studies.suite_of("domains", text)
     with pytest.raises(DataError, match="a study adapts by itself"):
         studies.bench(text.SUITE, tmp_path, tmp_path / "out", "steps", how=["ri | ties"])
+    with pytest.raises(DataError, match="give ri with the knobs to change"):
+        studies.bench(text.SUITE, tmp_path, tmp_path / "out", "steps", ri="coadapt")
+    with pytest.raises(SentenceError, match="steps"):
+        words_of(text.SUITE, "ri(steps=-1)")
 
 
 @needs_data
