@@ -25,7 +25,6 @@ from .fingerprint import Seen
 from .loop import Job, Piece, applied, by_factors, merge_each, stays_linear, survey
 from .progress import Progress, silent
 from .steps.krylov import leading
-from .steps.select import CHUNK
 from .weights.adapter import CONFIG, FILES, PREFIX, Adapted, Adapter, Factors
 from .weights.header import header, shape_of
 from .weights.parts import inputs_of
@@ -33,6 +32,7 @@ from .weights.save import short, write_readme
 from .weights.sink import DTYPES, Sink
 
 Rank = int | str | None
+ROUNDING = 1e-5  # what is left out, squared, cannot be told from a difference of squares below this share
 KEPT = ("task_type", "auto_mapping", "base_model_name_or_path", "revision")  # of the experts' configs, where they agree
 
 
@@ -260,13 +260,15 @@ def shortened(value: Any, rank: int, *, exact: bool = False) -> tuple[Factors, f
         made = Factors(one.Q @ (u[:, :rank] * root), (two.Q @ (vt[:rank].mT * root)).mT)
         return made, float(s[rank:].square().sum()), float(s.square().sum())
     matrix = value.flatten(1)
-    total = sum(float(part.double().square().sum()) for part in matrix.reshape(-1).split(CHUNK))
+    total = float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
     if total == 0:
         return Factors.zero(tuple(matrix.shape), matrix.dtype), 0.0, 0.0
     u, s, v = leading(matrix, rank)
     kept = float(s.square().sum())
     left = total - kept if len(s) == rank < min(matrix.shape) else 0.0
-    return Factors(u * s.sqrt(), (v * s.sqrt()).mT), max(0.0, left), total
+    if 0 != left < ROUNDING * total:  # too small to be told from a difference
+        left = float(torch.linalg.vector_norm(matrix.double() - u * s @ v.mT)) ** 2
+    return Factors(u * s.sqrt(), (v * s.sqrt()).mT), left, total
 
 
 def _share(left: float, total: float) -> float:
