@@ -72,7 +72,9 @@ class _Space:
         while self.count < steps and not self.closed:
             new = slice(self.count * self.width, (self.count + 1) * self.width)
             self.basis[:, new] = self.next
-            self.image[:, new] = torch.mm(self.next.mT, self.tall.mT).div_(self.size).mT  # so turned it is a sixth faster
+            self.image[:, new] = (
+                torch.mm(self.next.mT, self.tall.mT).div_(self.size).mT
+            )  # so turned it is a sixth faster
             self.count += 1
             ahead, known = torch.mm(self.tall.mT, self.image[:, new]).div_(self.size), self.basis[:, : new.stop]
             length = float(ahead.norm())

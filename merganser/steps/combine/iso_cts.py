@@ -4,7 +4,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..spectrum import leading, matrices, moved, polar, squared, summed, times, top
+from ..spectrum import NULL, leading, matrices, moved, polar, squared, summed, times, top
+
+Triplets = tuple[Tensor, Tensor, Tensor]  # u [out, k], s [k], v [in, k]
 
 
 def iso_cts(
@@ -39,9 +41,9 @@ def iso_cts(
     r = min(wide.shape[1:])
     c, s = _ranks(r, len(wide), common)
     total = summed(wide)
-    shared = leading(total, c) if c and moved(total) else None
+    shared, rest = _common(total, c) if c and moved(total) else (None, None)
     del total  # as large as two deltas
-    own = [_own(delta, s, shared) for delta in wide if s and moved(delta)]
+    own = [_own(delta, s, shared, rest) for delta in wide if s and moved(delta)]
     own = [triplets for triplets in own if len(triplets[1])]
     triplets = own if shared is None else [*own, shared]
     if not triplets:  # the deltas cancel, so the sum has no direction
@@ -79,21 +81,31 @@ def _ranks(r: int, experts: int, common: float) -> tuple[int, int]:
     return r - own * experts, own
 
 
-def _own(delta: Tensor, s: int, shared: tuple[Tensor, Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the s leading triplets of what the shared directions leave of a delta, which itself is never made.
+def _common(total: Tensor, c: int) -> tuple[Triplets, Tensor | None]:
+    """Return the c leading triplets of the sum and, unless it is tall, a basis of what they leave of the outputs."""
+    if total.shape[0] > total.shape[1]:
+        return leading(total, c), None
+    squares, u = torch.linalg.eigh(squared(total.mT))  # ascending
+    real = min(c, int((squares > NULL**2 * squares[-1]).sum()))
+    u, rest = u[:, -real:].flip(1), u[:, :-real]
+    s = squares[-real:].flip(0).sqrt()
+    return (u, s, times(total.mT, u / s)), rest
 
-    With c = Delta^T U_c, the Gram matrices of R = Delta - U_c c^T are R^T R = Delta^T Delta - c c^T and
-    R R^T = P Delta Delta^T P, P = I - U_c U_c^T.
+
+def _own(delta: Tensor, s: int, shared: Triplets | None, rest: Tensor | None) -> Triplets:
+    """Return the s leading triplets of what the shared directions leave of a delta.
+
+    With an orthonormal basis W of the outputs that they leave, that is W W^T Delta, and those of W^T Delta, with few rows,
+    are enough. Of a tall matrix it is R = Delta - U_c c^T, c = Delta^T U_c, R^T R = Delta^T Delta - c c^T.
     """
     size = torch.linalg.matrix_norm(delta.detach()).item()
     if shared is None:
         return leading(delta, s, size=size)
+    if rest is not None:
+        left = times(delta.mT, rest)
+        values, u = top(left.mT @ left, s, size)
+        return rest @ u, values, left @ (u / values)
     common = shared[0]
-    if delta.shape[0] <= delta.shape[1]:
-        gram = squared(delta.mT)
-        gram = gram - common @ (common.mT @ gram)
-        values, u = top(gram - (gram @ common) @ common.mT, s, size)
-        return u, values, times(delta.mT, u / values)
     seen = times(delta.mT, common)
     values, v = top(squared(delta) - seen @ seen.mT, s, size)
     return times(delta, v / values) - common @ (seen.mT @ (v / values)), values, v
