@@ -91,14 +91,27 @@ def run(command: list[str], threads: int, limit: float | None = None) -> dict[st
     watch = threading.Timer(limit or threading.TIMEOUT_MAX, process.kill)
     watch.daemon = True
     watch.start()
+    peak: list[float] = [0.0]
+    threading.Thread(target=_follow, args=(process.pid, peak), daemon=True).start()
     said = process.stderr.read().decode() if process.stderr else ""
     _, status, used = os.wait4(process.pid, 0)
     watch.cancel()
     stopped = limit is not None and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
     if status and not stopped:
         raise SystemExit(f"{' '.join(command[:6])} ... failed:\n{said[-2000:]}")
-    found = {"cpu": used.ru_utime + used.ru_stime, "wall": time.perf_counter() - started, "peak": used.ru_maxrss / 1024}
+    found = {"cpu": used.ru_utime + used.ru_stime, "wall": time.perf_counter() - started, "peak": peak[-1]}
     return found if limit is None else {**found, "ended": not stopped}
+
+
+def _follow(pid: int, peak: list[float]) -> None:
+    """Keep reading a process's own peak: `wait4` tells no less than what this process itself had when it started it."""
+    try:
+        while True:
+            told = Path(f"/proc/{pid}/status").read_text().partition("VmHWM:")[2].split()
+            peak[0] = int(told[0]) / 1024
+            time.sleep(0.01)
+    except (OSError, IndexError):  # it has ended
+        return
 
 
 def by_peft(how: str, shapes: dict[str, int], adapters: list[str], to: str) -> None:
