@@ -25,7 +25,7 @@ from ..evaluate.table import Row, rows_in
 from ..progress import Progress, silent
 from ..recipe import Recipe
 from ..run import run
-from ..sentence import parse
+from ..sentence import find, knobs_of, parse
 from ..sweep import split_scale
 from .suite import Suite, recipe_for
 
@@ -91,8 +91,14 @@ def words_of(suite: Suite, changed: str | None = None) -> Words:
 
 
 def _knob(name: str, values: Sequence[Any]) -> Callable[[Recipe, Words], Sequence[Group]]:
-    """Return one group, the suite's own recipe, with ``ri`` at every value of one knob."""
-    return lambda _recipe, ri: [Group("all", {str(v): ri(**{name: v}) for v in values})]
+    """Return one group, the suite's own recipe, with ``ri`` at every value of one knob; its default is not written."""
+
+    def groups(_recipe: Recipe, ri: Words) -> Sequence[Group]:
+        default = knobs_of(find("ri")[1])[name]
+        told = {str(v): ri() if v == default and name not in ri.own else ri(**{name: v}) for v in values}
+        return [Group("all", told)]
+
+    return groups
 
 
 def _rates(_recipe: Recipe, ri: Words) -> Sequence[Group]:

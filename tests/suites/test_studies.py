@@ -49,6 +49,8 @@ def test_ri_is_written_as_the_suite_does():
     assert conv() == "ri(steps=300, lr=0.0005, batch=64)"
     assert conv(steps=50) == "ri(steps=50, lr=0.0005, batch=64)"
     assert words_of(vision.CONV, "ri(steps=100, alpha=3)")() == "ri(steps=100, lr=0.0005, batch=64, alpha=3)"
+    asked = STUDIES["alpha"].groups(recipe(), Words())[0].adapts
+    assert list(asked.values())[:2] == ["ri(alpha=0.3)", "ri"], "what is usual is not done twice"
     rates = STUDIES["lr"].groups(recipe(), conv)[0].adapts
     assert list(rates) == ["0.0002", "0.0005", "0.001", "0.005"]
 
