@@ -150,9 +150,10 @@ def main() -> None:
     parser.add_argument("--suite", choices=list(SUITES), default="text")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--rows", nargs="+", default=["*"])
+    parser.add_argument("--ri", help="knobs of the suite's own ri to change, such as 'ri(steps=100)'")
     args = parser.parse_args()
     suite = SUITES[args.suite]
-    recipe, ri = recipe_for(suite, args.data, ["task_arithmetic"], progress=bars), words_of(suite)
+    recipe, ri = recipe_for(suite, args.data, ["task_arithmetic"], progress=bars), words_of(suite, args.ri)
     benches = [
         Bench(prepare(recipe.model_copy(update={"seed": seed})), args.to / f"seed-{seed}", ri)
         for seed in range(args.seeds)

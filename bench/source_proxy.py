@@ -35,7 +35,7 @@ from merganser.progress import bars
 from merganser.recipe import Recipe
 from merganser.run import run
 from merganser.suites import text, vision
-from merganser.suites.studies import MERGERS, _adapt_of, _as, _chosen, _Found, _stem, _with_inputs, words_of
+from merganser.suites.studies import MERGERS, _adapt_of, _as, _chosen, _Found, _share, _stem, _with_inputs, words_of
 from merganser.suites.suite import recipe_for
 
 SUITES = {"text": text.SUITE, "conv": vision.CONV}
@@ -108,22 +108,31 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--to", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--ri", help="knobs of the suite's own ri to change, such as 'ri(steps=100)'")
     args = parser.parse_args()
     suite, mergers = SUITES[args.suite], list(MERGERS)
-    recipe, how = recipe_for(suite, args.data, mergers, progress=bars), words_of(suite)()
+    recipe, how = recipe_for(suite, args.data, mergers, progress=bars), words_of(suite, args.ri)()
     found: list[dict[str, Any]] = []
+    places: list[Path] = []
     for name, files in sources(recipe, args.data.resolve()).items():
         mine = _with_inputs(files=files, limit=LIMIT)(recipe)
         sentences = [*mergers, *(f"{how} | {m}" for m in mergers)]
-        place = args.to / slug(name)
-        run(_as(mine, sentences, args.seed), place, progress=bars)
-        rows = _chosen(rows_in(place))
-        pairs = _Found([(rows[None, m], rows[_adapt_of(how), m]) for m in mergers])
+        pairs = []
+        for seed in range(args.seeds):
+            place = args.to / f"seed-{seed}" / slug(name)
+            for earlier in places:
+                _share(earlier / "rows", place / "rows")
+            places.append(place)
+            run(_as(mine, sentences, seed), place, progress=bars)
+            rows = _chosen(rows_in(place))
+            pairs.append([(rows[None, m], rows[_adapt_of(how), m]) for m in mergers])
         top = json.loads((place / "scores.json").read_text())["experts"]["mean"]["score"]
-        told = scores(prepare(_as(mine, mergers, args.seed)))
-        each = [b.scores.mean - a.scores.mean for a, b in pairs.pairs]
-        found.append({"source": name, **told, "gain": pairs.told([top])["gain"], "each": each})
+        told = scores(prepare(_as(mine, mergers, 0)))
+        gain = _Found([pair for one in pairs for pair in one]).told([top])["gain"]
+        each = [float(np.mean([b.scores.mean - a.scores.mean for a, b in some])) for some in zip(*pairs, strict=True)]
+        by_seed = [float(np.mean([b.scores.mean - a.scores.mean for a, b in one])) for one in pairs]
+        found.append({"source": name, **told, "gain": gain, "each": each, "by_seed": by_seed})
         print(json.dumps(found[-1]), flush=True)
         write(found, mergers, args.out)
 

@@ -70,9 +70,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--to", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--ri", help="knobs of the suite's own ri to change, such as 'ri(steps=100)'")
     args = parser.parse_args()
     suite = SUITES[args.suite]
-    recipe, how = recipe_for(suite, args.data, ["task_arithmetic"], progress=bars), words_of(suite)()
+    recipe, how = recipe_for(suite, args.data, ["task_arithmetic"], progress=bars), words_of(suite, args.ri)()
     ready = prepare(recipe)
     adapted = adapt(
         ready.base, ready.experts, encoder=ready.encoder, heads=ready.heads, inputs=ready.inputs, how=how,
