@@ -1,19 +1,21 @@
 """What else could help under TSV-M and Iso-C: other unlabeled texts, training inside the merger itself, a guard.
 
-    python bench/spectral.py --data TEXT_TASKS --to OUT --out docs/results/text-spectral.json
+    python bench/spectral.py --data TEXT_TASKS --to OUT --out docs/results/text-spectral.json --seeds 3
     python bench/spectral.py ... --ways near mixed          some ways; those measured before stay in the JSON
 
-Each way is `ri` and `coadapt` of 100 steps an expert on the text suite's experts, one seed; scales are chosen on 300 rows a
+Each way is `ri` and `coadapt` of 100 steps an expert on the text suite's experts; scales are chosen on 300 rows a
 task for validation, scores are those of 800 for the test.
 
     usual     the suite's 12,000 sentences, evenly of all files
     near      12,000 of all 58,388: for every class of every head the sentences that the base puts nearest to it (1,000
               a task, at least 8 a class), the rest at random
     mixed     6,000 texts made of pieces of sentences and the words of a class, in any order, and 6,000 sentences
+    own       1,500 texts of each task's training split, without labels: what can be had at most
     within    usual texts; task vectors held at the rank that TSV-M keeps, coadapted inside TSV-M's own merges
     guard     usual texts; guard=2 in both steps
 
-``own`` is what the adapted experts themselves score on their tasks.
+``experts themselves`` is what the adapted experts score on their own tasks; the others are means over seeds, the gain over
+the same merger without adapting with its 95 % interval (paired, seeds averaged first), and the share of the loss that it is.
 """
 
 import argparse
@@ -27,6 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from merganser.adapt import adapt, slug
+from merganser.evaluate.table import Row
 from merganser.evaluate.task import read_unlabeled
 from merganser.models.encoder import features
 from merganser.prepare import Prepared, prepare
@@ -34,6 +37,7 @@ from merganser.progress import bars
 from merganser.recipe import LimitPart
 from merganser.sentence import parse
 from merganser.suites import text
+from merganser.suites.studies import _Found
 from merganser.suites.suite import recipe_for, shortened
 from merganser.sweep import score_experts, score_sentence
 
@@ -46,11 +50,12 @@ WAYS = {  # texts, adapt words
     "usual": ("usual", PLAIN),
     "near": ("near", PLAIN),
     "mixed": ("mixed", PLAIN),
+    "own": ("own", PLAIN),
     "within": ("usual", f"ri({HELD}) | coadapt({HELD}, merger='tsv', low=1.0, high=2.0)"),
     "guard": ("usual", "ri(steps=100, guard=2.0) | coadapt(steps=100, guard=2.0)"),
 }
 SUITE = shortened(
-    text.SUITE, scales=(1.25, 1.5, 1.75, 2.0, 2.5, 3.0), limits=LimitPart(val=300, test=800, diagnose=0)
+    text.SUITE, scales=(1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5), limits=LimitPart(val=300, test=800, diagnose=0)
 )  # fmt: skip
 
 
@@ -86,10 +91,36 @@ def mixed(texts: list[str], ready: Prepared) -> list[str]:
     return [made for plain in rng.sample(texts, COUNT // 2) for made in (one(), plain)]
 
 
-def row(name: str, how: str, own: float, found: dict[str, tuple[float, float]], seconds: float) -> list[str]:
-    """Return a line: experts' own mean, and scale and mean of every merger."""
-    return [name, f"`{how}`" if how else "–", f"{own:.1f}", *(f"{mean:.1f} (scale {by:g})" for by, mean in found.values()),
-            f"{seconds:.0f}"]  # fmt: skip
+def own(_texts: list[str], ready: Prepared) -> list[str]:
+    """Return texts of the tasks' training splits, 1,500 of each, in any order."""
+    rng = random.Random(0)
+    some = [
+        text
+        for task in ready.tasks.values()
+        for text in rng.sample(list(task.split("train").raw), COUNT // len(ready.tasks))
+    ]
+    rng.shuffle(some)
+    return some
+
+
+def row(name: str, how: str, themselves: float, found: dict[str, _Found], top: float, seconds: float) -> list[str]:
+    """Return a line: experts' own mean, and of every merger the mean, the gain, what is recovered, and the scales."""
+    cells = []
+    for one in found.values():
+        told = one.told([top])
+        gain, scales = told["gain"], ", ".join(f"{with_:g}" for _, with_ in told["scales"])
+        cell = f"{100 * told['with']:.1f} (scale {scales})"
+        if how:
+            cell += f", {100 * gain['score']:+.1f} [{100 * gain['low']:+.1f}, {100 * gain['high']:+.1f}]"
+            cell += f", {100 * told['recovered']:.0f} %"
+            cell += f" ({', '.join(f'{100 * g:+.1f}' for g in told['by_seed'])})" if len(told["by_seed"]) > 1 else ""
+        cells.append(cell)
+    return [name, f"`{how}`" if how else "–", f"{100 * themselves:.1f}", *cells, f"{seconds:.0f}"]
+
+
+def best(ready: Prepared, experts: Any) -> dict[str, Row]:
+    """Return each merger's row at its best scale."""
+    return {m: score_sentence(ready, parse(m), experts, progress=bars)[-1] for m in MERGERS}
 
 
 def main() -> None:
@@ -98,36 +129,48 @@ def main() -> None:
     parser.add_argument("--to", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--seeds", type=int, default=1)
     args = parser.parse_args()
     recipe = recipe_for(SUITE, args.data, list(MERGERS), progress=bars)
-    usual = prepare(recipe)
+    readies = [prepare(recipe.model_copy(update={"seed": seed})) for seed in range(args.seeds)]
+    usual = readies[0]
     assert recipe.inputs is not None, "the suite has inputs"
     told: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {"rows": []}
+    told |= {"head": ["way", "adapt words", "experts themselves", *(f"`{m}`" for m in MERGERS), "seconds an expert"]}
+    top, plain = score_experts(usual, usual.experts)[0].mean, best(usual, usual.experts)
     for name in args.ways:
         source, how = WAYS[name]
-        inputs = usual.inputs
-        if source != "usual":
-            texts = read_unlabeled(recipe.inputs.files)
-            inputs = usual.encoder.prepare({"near": near, "mixed": mixed}[source](texts, usual))
-        started, experts = time.monotonic(), usual.experts
-        if how:
-            place = args.to / source
-            experts = adapt(
-                usual.base, usual.experts, encoder=usual.encoder, heads=usual.heads, inputs=inputs, how=how,
-                into=place / slug(how), kind=usual.kind, heads_key=usual.heads_key, progress=bars,
-                _place=lambda part, place=place: place / slug(part),
-            )  # fmt: skip
-        seconds = (time.monotonic() - started) / len(experts)
-        own = 100 * score_experts(usual, experts)[0].mean
-        best = {m: score_sentence(usual, parse(m), experts, progress=bars)[-1] for m in MERGERS}
-        made = row(name, how, own, {m: (r.scale or 1.0, 100 * r.scores.mean) for m, r in best.items()}, seconds)
-        told["rows"] = [r for r in told["rows"] if r[0] != name] + [made]
-        told |= {
-            "head": ["way", "adapt words", "experts themselves", *(f"`{m}`" for m in MERGERS), "seconds an expert"]
-        }
-        told |= {"date": time.strftime("%Y-%m-%d"), "threads": torch.get_num_threads()}
+        found, themselves, started = {m: _Found() for m in MERGERS}, [], time.monotonic()
+        for seed, ready in enumerate(readies if how else readies[:1]):
+            inputs, experts = ready.inputs, ready.experts
+            if source != "usual":
+                texts = read_unlabeled(recipe.inputs.files)
+                inputs = usual.encoder.prepare({"near": near, "mixed": mixed, "own": own}[source](texts, usual))
+            if how:
+                place = args.to / f"seed-{seed}" / source
+                experts = adapt(
+                    ready.base, experts, encoder=ready.encoder, heads=ready.heads, inputs=inputs, how=how, seed=seed,
+                    into=place / slug(how), kind=ready.kind, heads_key=ready.heads_key, progress=bars,
+                    _place=lambda part, place=place: place / slug(part),
+                )  # fmt: skip
+            themselves.append(score_experts(ready, experts)[0].mean)
+            for m, made in (best(ready, experts) if how else plain).items():
+                found[m].pairs.append((plain[m], made))
+                print(
+                    name,
+                    seed,
+                    m,
+                    made.scale,
+                    f"{100 * made.val:.2f}" if made.val else "",
+                    f"{100 * made.scores.mean:.2f}",
+                    flush=True,
+                )
+        seconds = (time.monotonic() - started) / len(themselves) / len(usual.experts)
+        line = row(name, how, sum(themselves) / len(themselves), found, top, seconds)
+        told["rows"] = [r for r in told["rows"] if r[0] != name] + [line]
+        told |= {"date": time.strftime("%Y-%m-%d"), "threads": torch.get_num_threads(), "seeds": args.seeds}
         args.out.write_text(json.dumps(told, indent=1) + "\n")
-        print(made, flush=True)
+        print(line, flush=True)
 
 
 if __name__ == "__main__":
