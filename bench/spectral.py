@@ -12,6 +12,8 @@ task for validation, scores are those of 800 for the test.
     mixed     6,000 texts made of pieces of sentences and the words of a class, in any order, and 6,000 sentences
     own       1,500 texts of each task's training split, without labels: what can be had at most
     within    usual texts; task vectors held at the rank that TSV-M keeps, coadapted inside TSV-M's own merges
+    aware     usual texts; coadapted inside TSV-M's own merges
+    low       usual texts; changes of rank 16
     guard     usual texts; guard=2 in both steps
 
 ``experts themselves`` is what the adapted experts score on their own tasks; the others are means over seeds, the gain over
@@ -52,6 +54,8 @@ WAYS = {  # texts, adapt words
     "mixed": ("mixed", PLAIN),
     "own": ("own", PLAIN),
     "within": ("usual", f"ri({HELD}) | coadapt({HELD}, merger='tsv', low=1.0, high=2.0)"),
+    "aware": ("usual", "ri(steps=100) | coadapt(steps=100, merger='tsv', low=1.0, high=2.0)"),
+    "low": ("usual", "ri(steps=100, rank=16, lr=0.0005) | coadapt(steps=100, rank=16, lr=0.0005)"),
     "guard": ("usual", "ri(steps=100, guard=2.0) | coadapt(steps=100, guard=2.0)"),
 }
 SUITE = shortened(
