@@ -10,9 +10,10 @@ come on top.
 
     multi-task distillation   the base, taught what every expert says under its own head
     merge, then distil        the same, beginning at tuned task arithmetic
+    tsv, then distil          the same, beginning at tuned TSV-M
     adamerging                a coefficient an expert and tensor, least entropy under all heads
 
-The three of them give one model; the rows with adapt words give experts, which any merger can take.
+The four of them give one model; the rows with adapt words give experts, which any merger can take.
 """
 
 import argparse
@@ -112,10 +113,10 @@ class Bench:
             best = student.train(loss, split, plan, checkpoint=kept, log=log, tick=tick)
         return self.one({**start, **home(best)}, inputs=steps * self.batch)
 
-    def merged(self) -> Weights:
-        """Return task arithmetic at its best scale."""
-        scored = score_sentence(self.ready, parse("task_arithmetic"), self.ready.experts, progress=bars)[-1]
-        delta = delta_of(self.ready, parse("task_arithmetic"), self.ready.experts)
+    def merged(self, merger: str) -> Weights:
+        """Return what a merger makes at its best scale."""
+        scored = score_sentence(self.ready, parse(merger), self.ready.experts, progress=bars)[-1]
+        delta = delta_of(self.ready, parse(merger), self.ready.experts)
         return merged_at(self.ready, delta, scored.scale or 1.0)
 
     def rows(self) -> dict[str, Callable[[], tuple[Scores, dict[str, Any]]]]:
@@ -125,7 +126,8 @@ class Bench:
         return {
             **{told: (lambda told=told: self.sentence(told)) for told in ["task_arithmetic", *sentences]},
             "multi-task distillation": lambda: self.distilled("multi-task distillation", dict(self.ready.base)),
-            "merge, then distil": lambda: self.distilled("merge, then distil", self.merged()),
+            "merge, then distil": lambda: self.distilled("merge, then distil", self.merged("task_arithmetic")),
+            "tsv, then distil": lambda: self.distilled("tsv, then distil", self.merged("tsv")),
             "adamerging": self.adamerging,
         }
 
