@@ -1,9 +1,9 @@
-"""The few leading singular triplets of a large fp32 matrix: a block Krylov space in fp32, its end in float64, checked.
+"""The few leading singular triplets of a large fp32 matrix: a block Krylov space in fp32, checked by residuals.
 
     K = [X, GX, G^2 X, ..],  G = M^T M of the smaller side,  X random, the same each time;  Rayleigh-Ritz on K
 
 What fp32 leaves of the leading vectors outside of the space is about 1e-6 of them. How much it is at most is worked out
-from the float64 residuals; where that is more than `LEAK` the whole matrix is decomposed. Products with a few columns
+from the residuals, in float64 where fp32 does not do; where it is more than `LEAK` the whole matrix is decomposed. Products with a few columns
 are nearly all the work, a fifth to a third of a Gram matrix and its eigenvectors.
 Source: Musco and Musco, Randomized Block Krylov Methods (arXiv 1504.05477).
 """
@@ -72,9 +72,8 @@ class _Space:
         while self.count < steps and not self.closed:
             new = slice(self.count * self.width, (self.count + 1) * self.width)
             self.basis[:, new] = self.next
-            self.image[:, new] = (
-                torch.mm(self.next.mT, self.tall.mT).div_(self.size).mT
-            )  # so turned it is a sixth faster
+            # so turned it is a sixth faster
+            self.image[:, new] = torch.mm(self.next.mT, self.tall.mT).div_(self.size).mT
             self.count += 1
             ahead, known = torch.mm(self.tall.mT, self.image[:, new]).div_(self.size), self.basis[:, : new.stop]
             length = float(ahead.norm())
