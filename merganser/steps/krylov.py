@@ -3,8 +3,9 @@
     K = [X, GX, G^2 X, ..],  G = M^T M of the smaller side,  X random, the same each time;  Rayleigh-Ritz on K
 
 What fp32 leaves of the leading vectors outside of the space is about 1e-6 of them. How much it is at most is worked out
-from the residuals, in float64 where fp32 does not do; where it is more than `LEAK` the whole matrix is decomposed. Products with a few columns
-are nearly all the work, a fifth to a third of a Gram matrix and its eigenvectors.
+from the residuals, in float64 where fp32 does not do; where it is more than `LEAK` the whole
+matrix is decomposed. Products with a few columns are nearly all the work, a fifth to a third of a Gram matrix and its
+eigenvectors.
 Source: Musco and Musco, Randomized Block Krylov Methods (arXiv 1504.05477).
 """
 
