@@ -2,9 +2,11 @@
 
     python bench/spectral.py --data TEXT_TASKS --to OUT --out docs/results/text-spectral.json --seeds 3
     python bench/spectral.py ... --ways near mixed          some ways; those measured before stay in the JSON
+    python bench/spectral.py ... --ways none usual --mergers dc iso_cts esm --scales 0.5 1 1.5 2 2.5 3 3.5 4 5
 
 Each way is `ri` and `coadapt` of 100 steps an expert on the text suite's experts; scales are chosen on 300 rows a
-task for validation, scores are those of 800 for the test.
+task for validation, scores are those of 800 for the test. What `esm` needs to know of each expert's layers is learned on 256
+rows of its own task's validation split, without labels.
 
     usual     the suite's 12,000 sentences, evenly of all files
     near      12,000 of all 58,388: for every class of every head the sentences that the base puts nearest to it (1,000
@@ -24,16 +26,20 @@ import argparse
 import json
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+import merganser
 from merganser.adapt import adapt, slug
 from merganser.evaluate.table import Row
 from merganser.evaluate.task import read_unlabeled
+from merganser.learn.entering import entering
 from merganser.models.encoder import features
+from merganser.models.inputs import Subset
 from merganser.prepare import Prepared, prepare
 from merganser.progress import bars
 from merganser.recipe import LimitPart
@@ -58,9 +64,7 @@ WAYS = {  # texts, adapt words
     "low": ("usual", "ri(steps=100, rank=16, lr=0.0005) | coadapt(steps=100, rank=16, lr=0.0005)"),
     "guard": ("usual", "ri(steps=100, guard=2.0) | coadapt(steps=100, guard=2.0)"),
 }
-SUITE = shortened(
-    text.SUITE, scales=(1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5), limits=LimitPart(val=300, test=800, diagnose=0)
-)  # fmt: skip
+SCALES = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5)
 
 
 def near(texts: list[str], ready: Prepared) -> list[str]:
@@ -122,9 +126,20 @@ def row(name: str, how: str, themselves: float, found: dict[str, _Found], top: f
     return [name, f"`{how}`" if how else "–", f"{100 * themselves:.1f}", *cells, f"{seconds:.0f}"]
 
 
-def best(ready: Prepared, experts: Any) -> dict[str, Row]:
-    """Return each merger's row at its best scale."""
-    return {m: score_sentence(ready, parse(m), experts, progress=bars)[-1] for m in MERGERS}
+def best(ready: Prepared, experts: Any, mergers: list[str], place: Path) -> dict[str, Row]:
+    """Return each merger's row at its best scale; ``place``: where what they need of the experts is kept."""
+    found = {}
+    for m in mergers:
+        known = ready
+        if needed := {name for step in parse(m).steps for name in step.ingredients}:
+            assert needed == {"inputs"}, f"{m} needs {needed}"
+            for name, weights in experts.items():
+                if not (place / name).exists():
+                    few = Subset(ready.val[name].inputs, torch.arange(min(256, len(ready.val[name]))))
+                    merganser.save(entering(ready.encoder, weights, few, kind=ready.kind), place / name)
+            known = replace(ready, recipe=ready.recipe.model_copy(update={"ingredients": {"inputs": place}}))
+        found[m] = score_sentence(known, parse(m), experts, progress=bars)[-1]
+    return found
 
 
 def main() -> None:
@@ -134,17 +149,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--mergers", nargs="+", default=list(MERGERS))
+    parser.add_argument("--scales", nargs="+", type=float, default=list(SCALES))
     args = parser.parse_args()
-    recipe = recipe_for(SUITE, args.data, list(MERGERS), progress=bars)
+    suite = shortened(text.SUITE, scales=tuple(args.scales), limits=LimitPart(val=300, test=800, diagnose=0))
+    recipe = recipe_for(suite, args.data, ["tsv"], progress=bars)
     readies = [prepare(recipe.model_copy(update={"seed": seed})) for seed in range(args.seeds)]
     usual = readies[0]
     assert recipe.inputs is not None, "the suite has inputs"
     told: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {"rows": []}
-    told |= {"head": ["way", "adapt words", "experts themselves", *(f"`{m}`" for m in MERGERS), "seconds an expert"]}
-    top, plain = score_experts(usual, usual.experts)[0].mean, best(usual, usual.experts)
+    told |= {
+        "head": ["way", "adapt words", "experts themselves", *(f"`{m}`" for m in args.mergers), "seconds an expert"]
+    }
+    top = score_experts(usual, usual.experts)[0].mean
+    plain = best(usual, usual.experts, args.mergers, args.to / "inputs")
     for name in args.ways:
         source, how = WAYS[name]
-        found, themselves, started = {m: _Found() for m in MERGERS}, [], time.monotonic()
+        found, themselves, started = {m: _Found() for m in args.mergers}, [], time.monotonic()
         for seed, ready in enumerate(readies if how else readies[:1]):
             inputs, experts = ready.inputs, ready.experts
             if source != "usual":
@@ -158,7 +179,8 @@ def main() -> None:
                     _place=lambda part, place=place: place / slug(part),
                 )  # fmt: skip
             themselves.append(score_experts(ready, experts)[0].mean)
-            for m, made in (best(ready, experts) if how else plain).items():
+            held = args.to / f"seed-{seed}" / "inputs" / source / slug(how)
+            for m, made in (best(ready, experts, args.mergers, held) if how else plain).items():
                 found[m].pairs.append((plain[m], made))
                 print(
                     name,

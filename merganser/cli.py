@@ -203,7 +203,7 @@ def merge(
     if not experts or not how:
         raise typer.BadParameter("give BASE, one or more EXPERT and --how SENTENCE, or a mergekit YAML alone")
     if as_adapter or _is_cut(how):
-        freed_goes_back(64 << 20)
+        freed_goes_back(64 << 20, 64 << 20)
     merge(
         read_base(base), experts, how, into=to, own=own or (), seed=seed, ingredients=pairs(ingredient, "--ingredient"),
         part=read_part(part), where=read_where(where or ()), vocabulary=vocabulary, dtype=dtype,
@@ -391,7 +391,9 @@ def show_one(context: typer.Context, as_json: Json = False) -> None:
 @app.command()
 @guarded
 def learn(
-    what: Annotated[str, typer.Argument(help="What to learn: fisher, gram or coefficients (AdaMerging).")],
+    what: Annotated[
+        str, typer.Argument(help="fisher, gram, inputs (of layers, for esm) or coefficients (AdaMerging).")
+    ],
     recipe: Recipe,
     to: To = Path("ingredients"),
     rows: Annotated[
@@ -403,8 +405,8 @@ def learn(
     steps: Annotated[int, typer.Option(min=1, help="Coefficients: how many steps.")] = 1000,
     as_json: Json = False,
 ) -> None:
-    """Learn an ingredient (Fisher information, Gram matrices, AdaMerging's coefficients) for a recipe's experts; no label
-    is used.
+    """Learn an ingredient (Fisher information, Gram matrices, layers' inputs, AdaMerging's coefficients) for a recipe's
+    experts; no label is used.
     """
     from .learn.ingredient import learn_ingredient
     from .progress import bars
@@ -622,21 +624,21 @@ def _is_cut(how: str) -> bool:
     return False
 
 
-def freed_goes_back(size: int) -> None:
-    """Have freed memory go back to the system in pieces of ``size`` bytes; smaller ones are kept to be used again.
+def freed_goes_back(size: int, heap: int) -> None:
+    """Have freed memory go back to the system in pieces of ``size`` bytes, smaller ones where ``heap`` bytes are free.
 
-    Whole matrices had better go at once, not into the heaps of the threads: half the memory. Cuts of tensors had not, nor
-    the small matrices of adapters, since fetching them again page by page costs a tenth of a merge.
+    Large matrices had better go at once, not into the heaps of the threads: half the memory. Cuts of tensors had not, nor
+    the small matrices of adapters or of a small model, since fetching them again page by page costs a tenth of a merge.
     """
     with contextlib.suppress(OSError, AttributeError):  # glibc only
         tell = ctypes.CDLL(None).mallopt
         tell(M_MMAP_THRESHOLD, size)
-        tell(M_TRIM_THRESHOLD, size)
+        tell(M_TRIM_THRESHOLD, heap)
 
 
 def main() -> None:
     """Run the command line."""
-    freed_goes_back(4 << 20)
+    freed_goes_back(10 << 20, 4 << 20)
     # importing torch makes many objects and no rubbish: looking through them again and again is a tenth of it
     gc.set_threshold(100_000)
     try:

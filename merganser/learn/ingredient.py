@@ -1,4 +1,4 @@
-"""From a recipe to an ingredient on disk: Fisher information, Gram matrices, or AdaMerging's coefficients."""
+"""From a recipe to an ingredient on disk: Fisher information, Gram matrices, layers' inputs, AdaMerging's coefficients."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from ..errors import DataError, did_you_mean
 from ..models.inputs import Subset
 from ..progress import Progress, silent
 
-WHAT = ("fisher", "gram", "coefficients")
+WHAT = ("fisher", "gram", "inputs", "coefficients")
 ON = ("tasks", "inputs")
 
 
@@ -25,15 +25,17 @@ def learn_ingredient(
 ) -> dict[str, Path]:
     """Learn an ingredient for a recipe's experts without labels; return its folders by name.
 
-    "fisher" and "gram" are measured for every expert on inputs of its own task: the first ``rows`` of the validation
-    split (test where there is none); a folder an expert. "coefficients" are learned by AdaMerging in ``steps`` steps
-    ``on`` the same "tasks" inputs or on the recipe's unlabeled "inputs", one set for all; interrupted, it goes on.
+    "fisher", "gram" and "inputs" (what enters each layer, for `esm`) are measured for every expert on inputs of its own
+    task: the first ``rows`` of the validation split (test where there is none); a folder an expert. "coefficients" are
+    learned by AdaMerging in ``steps`` steps ``on`` the same "tasks" inputs or on the recipe's unlabeled "inputs", one set
+    for all; interrupted, it goes on.
 
     Raises DataError for another word, or where the recipe has no unlabeled inputs; and the errors of `prepare`.
     """
     from ..prepare import prepare
     from ..weights.save import save
     from .coefficients import adamerging
+    from .entering import entering
     from .measure import fisher, gram
 
     if what not in WHAT:
@@ -59,6 +61,8 @@ def learn_ingredient(
     for name, weights in ready.experts.items():
         if what == "fisher":
             measured = fisher(ready.encoder, weights, ready.heads[name], few[name], **how)
+        elif what == "inputs":
+            measured = entering(ready.encoder, weights, few[name], **how)
         else:
             measured = gram(ready.encoder, weights, few[name], **how)
         folders[name] = to / name

@@ -45,13 +45,13 @@ def fisher(
     Raises DataError without inputs; ValueError at a knob out of range.
     Source: Matena and Raffel (arXiv 2111.09832); per="batch" as in MergeLM (arXiv 2311.03099).
     """
-    _check(inputs, batch)
+    check(inputs, batch)
     if per not in ("batch", "example"):
         raise ValueError(f"per must be one of batch, example, got {per!r}")
     fixed = loaded(encoder, weights)
     free = {n: fixed[n].detach().float().requires_grad_() for n in _parameters(encoder) if n in fixed}
     sums = {n: torch.zeros_like(t, requires_grad=False) for n, t in free.items()}
-    with _evaluating(encoder), torch.enable_grad(), progress("measure Fisher information", len(inputs)) as tick:
+    with evaluating(encoder), torch.enable_grad(), progress("measure Fisher information", len(inputs)) as tick:
         for at in batches(inputs, batch if per == "batch" else 1):
             x = forward(encoder, fixed | free, take(inputs, at), kind).cpu()
             log_p = head(x).float().log_softmax(dim=1)
@@ -61,7 +61,7 @@ def fisher(
                     if grad is not None:
                         total.addcmul_(grad, grad, value=share / len(inputs))
             tick(len(at))
-    return home({name: sums[own] for name, own in _named(encoder, weights).items() if own in sums})
+    return home({name: sums[own] for name, own in named_in(encoder, weights).items() if own in sums})
 
 
 @torch.no_grad()
@@ -83,9 +83,9 @@ def gram(
     Raises DataError without inputs, or if no linear layer was called; ValueError at a batch below 1.
     Source: Jin et al., Dataless Knowledge Fusion by Merging Weights of Language Models (arXiv 2212.09849).
     """
-    _check(inputs, batch)
+    check(inputs, batch)
     fixed = loaded(encoder, weights)
-    named = _named(encoder, weights)
+    named = named_in(encoder, weights)
     sums: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
 
@@ -101,7 +101,7 @@ def gram(
     layers = {f"{n}.weight": m for n, m in encoder.named_modules() if isinstance(m, nn.Linear)}
     hooks = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items() if name in fixed]
     try:
-        with _evaluating(encoder), progress("measure Gram matrices", len(inputs)) as tick:
+        with evaluating(encoder), progress("measure Gram matrices", len(inputs)) as tick:
             for at in batches(inputs, batch):
                 forward(encoder, fixed, take(inputs, at), kind)
                 tick(len(at))
@@ -123,7 +123,8 @@ def _scores(log_p: Float[Tensor, "batch classes"], per: str) -> Iterator[tuple[T
         yield log_p[0, y], share
 
 
-def _check(inputs: Any, batch: int) -> None:
+def check(inputs: Any, batch: int) -> None:
+    """Raise ValueError at a batch below 1, DataError without inputs."""
     if not (isinstance(batch, int) and batch >= 1):
         raise ValueError(f"batch must be a whole number of at least 1, got {batch!r}")
     if len(inputs) == 0:
@@ -134,7 +135,7 @@ def _parameters(encoder: nn.Module) -> list[str]:
     return [name for name, parameter in encoder.named_parameters() if parameter.is_floating_point()]
 
 
-def _named(encoder: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, str]:
+def named_in(encoder: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, str]:
     """Return for each name in ``weights`` the encoder's name of that parameter; tied ones have the first one's."""
     first = {id(p): name for name, p in encoder.named_parameters()}
     prefix = getattr(encoder, "prefix", "")
@@ -143,7 +144,7 @@ def _named(encoder: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 @contextmanager
-def _evaluating(encoder: nn.Module) -> Iterator[None]:
+def evaluating(encoder: nn.Module) -> Iterator[None]:
     """Switch dropout off for a while."""
     was_training = encoder.training
     encoder.eval()

@@ -13,6 +13,8 @@ from torch import Tensor
 NULL = 1e-6  # singular values below this share of the largest are rounding noise of fp32
 SETTLED, UNSAFE = 1e-4, 1e-1  # a correction this small leaves an error of about its square; this large, any error
 BAND = 256  # rows taken at a time
+ALIKE = 64  # times the least singular value
+FEW = 1 << 18  # entries copied at a time
 CONV = ("matrix", "mean")
 
 
@@ -43,8 +45,8 @@ def peaks(basis: Float[Tensor, "m k"]) -> Float[Tensor, " k"]:
 
 
 def moved(deltas: Tensor) -> bool:
-    """Tell whether any entry is not zero; mostly the sum tells it, five times as fast."""
-    return bool(deltas.sum() != 0) or bool(deltas.any())
+    """Tell whether any entry is not zero; mostly a sum tells it, of the first of them or of all, five times as fast."""
+    return bool(deltas[:1].sum() != 0) or bool(deltas.sum() != 0) or bool(deltas.any())
 
 
 def summed(wide: Float[Tensor, "experts out inner"]) -> Float[Tensor, "out inner"]:
@@ -52,7 +54,7 @@ def summed(wide: Float[Tensor, "experts out inner"]) -> Float[Tensor, "out inner
     if wide.requires_grad:
         return wide.sum(dim=0, dtype=torch.float64)
     total = wide.new_empty(wide.shape[1:], dtype=torch.float64)
-    band = max(1, BAND // len(wide))
+    band = max(1, FEW // (len(wide) * wide.shape[2]))  # larger copies go back to the system, to be cleared each time
     for rows, to in zip(wide.split(band, dim=1), total.split(band), strict=True):
         torch.sum(rows.double(), dim=0, out=to)
     return total
@@ -105,12 +107,10 @@ def squared(*talls: Float[Tensor, "m n"]) -> Float[Tensor, "n n"]:
     gram = torch.zeros(n, n, dtype=torch.float64, device=talls[0].device)
     width = max(64, -(-n // 4))
     for tall in talls:
-        for rows in map(_double, tall.split(BAND)):
+        for rows in map(_as, tall.split(BAND)):
             for a in range(0, n, width):
                 gram[a:, a : a + width].addmm_(rows[:, a:].mT, rows[:, a : a + width])
-    for a in range(0, n, width):
-        gram[a : a + width, a + width :] = gram[a + width :, a : a + width].mT
-    return gram
+    return _mirrored(gram, width)
 
 
 def times(
@@ -118,24 +118,26 @@ def times(
     right: Float[Tensor, "n k"],
     *,
     kind: torch.dtype = torch.float64,
+    work: torch.dtype = torch.float64,
     turned: bool = False,
 ) -> Float[Tensor, "m k"]:
-    """Return ``tall right``, computed in float64 and given as ``kind``, band by band as `squared`.
+    """Return ``tall right``, computed in ``work`` and given as ``kind``, band by band as `squared`.
 
     ``turned``: it lies in memory so that its transpose is contiguous.
     """
     if tall.requires_grad or right.requires_grad:
         return (tall.double() @ right).to(kind)
+    right = right.to(work)
     shape = (len(tall), right.shape[1])
     out = right.new_empty(shape[::-1], dtype=kind).mT if turned else right.new_empty(shape, dtype=kind)
     for rows, to in zip(tall.split(BAND), out.split(BAND), strict=True):
-        to.copy_(_double(rows) @ right)
+        to.copy_(_as(rows, work) @ right)
     return out
 
 
-def _double(rows: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
-    """Return rows in float64, in the order in which they lie in memory: turning them round would cost more."""
-    return rows.mT.double().mT if rows.stride(0) == 1 else rows.double()
+def _as(rows: Float[Tensor, "m n"], kind: torch.dtype = torch.float64) -> Float[Tensor, "m n"]:
+    """Return rows as ``kind``, in the order in which they lie in memory: turning them round would cost more."""
+    return rows.mT.to(kind).mT if rows.stride(0) == 1 else rows.to(kind)
 
 
 def _few(gram: Float[Tensor, "n n"], k: int) -> tuple[Float[Tensor, " p"], Float[Tensor, "n p"]] | None:
@@ -184,20 +186,43 @@ def polar_parts(x: Float[Tensor, "m n"]) -> tuple[Float[Tensor, "m r"], Float[Te
 def _right(x: Float[Tensor, "m n"]) -> tuple[Float[Tensor, " r"], Float[Tensor, "n r"]]:
     """Return the singular values of a tall matrix and its right singular vectors, on the non-null part."""
     squares, q = torch.linalg.eigh(squared(x))
-    real = squares > NULL**2 * squares[-1]
-    return squares[real].sqrt(), q[:, real]
+    null = int((squares <= NULL**2 * squares[-1]).sum())  # the first of them, since they ascend
+    return squares[null:].sqrt(), q[:, null:]
 
 
 def isotropic(x: Float[Tensor, "m n"], *, like: Tensor) -> Float[Tensor, "*shape"]:
     """Return ``polar(x)`` times the mean of all min(m, n) singular values, in like's shape and dtype."""
-    if x.shape[0] < x.shape[1]:
-        s, q = _right(x.mT)
-        return times(x.mT, _even(s, q), kind=like.dtype, turned=True).mT.reshape(like.shape)
-    return times(x, _even(*_right(x)), kind=like.dtype).reshape(like.shape)
+    wide = x.shape[0] < x.shape[1]
+    tall = x.mT if wide else x
+    s, q = _right(tall)
+    # float32 rounds every direction by 6e-8 of their root mean square, which is to be small beside the least: 2e-6 at most
+    alike = len(s) == len(q) and s.square().mean().sqrt() < ALIKE * s[0]
+    work = torch.promote_types(like.dtype, torch.float32) if alike else torch.float64
+    out = times(tall, _even(s, q), kind=like.dtype, work=work, turned=wide)
+    return (out.mT if wide else out).reshape(like.shape)
 
 
 def _even(s: Float[Tensor, " r"], q: Float[Tensor, "n r"]) -> Float[Tensor, "n n"]:
-    return q * (s.sum() / len(q) / s) @ q.mT
+    return _symmetric(q, s.sum() / len(q) / s)
+
+
+def _symmetric(q: Float[Tensor, "n r"], by: Float[Tensor, " r"]) -> Float[Tensor, "n n"]:
+    """Return ``q diag(by) q^T``; of each pair of bands one product is enough, as in `squared`."""
+    if q.requires_grad or by.requires_grad:
+        return q * by @ q.mT
+    n, weighed = len(q), q * by
+    width = max(64, -(-n // 4))
+    out = q.new_empty(n, n)
+    for a in range(0, n, width):
+        torch.mm(weighed[a:], q[a : a + width].mT, out=out[a:, a : a + width])
+    return _mirrored(out, width)
+
+
+def _mirrored(square: Float[Tensor, "n n"], width: int) -> Float[Tensor, "n n"]:
+    """Fill what lies above blocks of ``width`` on the diagonal with what lies below; return the same tensor."""
+    for a in range(0, len(square), width):
+        square[a : a + width, a + width :] = square[a + width :, a : a + width].mT
+    return square
 
 
 def polar(x: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
@@ -226,7 +251,7 @@ def _root(x: Float[Tensor, "m n"]) -> Float[Tensor, "n n"]:
         _, q, s = polar_parts(x)
     else:
         s, q = _right(x)
-    return q / s @ q.mT
+    return _symmetric(q, 1 / s)
 
 
 def product(*factors: Tensor, like: Tensor) -> Float[Tensor, "*shape"]:

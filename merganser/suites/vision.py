@@ -51,6 +51,7 @@ CONV = shortened(
     heads=HeadsPart(kind="class-mean", scale=16.0),
     plan=Plan(200, 2e-3, weight_decay=0.01),
     batch=64,
+    scales=(0.025, 0.05, 0.075, *SUITE.scales),  # its experts are far apart: sums are best at small ones
     sentences=with_and_without(MERGERS, "ri(steps=300, lr=0.0005, batch=64)"),
     limits=LimitPart(train=2000, val=200, test=1000, diagnose=100),
 )

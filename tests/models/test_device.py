@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from merganser.errors import RecipeError
 from merganser.evaluate.run import Labelled
 from merganser.learn.coefficients import adamerging
+from merganser.learn.entering import entering
 from merganser.learn.measure import fisher, gram
 from merganser.models import device as rooms
 from merganser.models.encoder import features
@@ -142,6 +143,7 @@ def results(folder):
     found["statistics"] = reset_statistics(net, expert, inputs, batch=8, kind="fp32")
     found["fisher"] = fisher(net, expert, heads["a"], inputs)
     found["gram"] = gram(net, expert, inputs)
+    found["entering"] = entering(net, expert, inputs, rows=16)
     kept = Checkpoint(folder / "checkpoint.safetensors", every=0.0)
     found["fine-tuned"] = finetune(base, net, heads["a"], task, Plan(4, 1e-2), batch=8, kind="fp32", checkpoint=kept)
     found["taken up"] = finetune(base, net, heads["a"], task, Plan(6, 1e-2), batch=8, kind="fp32", checkpoint=kept)

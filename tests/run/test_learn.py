@@ -14,7 +14,7 @@ def call(*args):
     return CliRunner().invoke(app, [str(a) for a in args])
 
 
-@pytest.mark.parametrize(("what", "step"), [("fisher", "fisher"), ("gram", "regmean")])
+@pytest.mark.parametrize(("what", "step"), [("fisher", "fisher"), ("gram", "regmean"), ("inputs", "esm")])
 def test_what_is_measured_is_what_a_run_takes(user, tmp_path, what, step):
     done = call("learn", what, user / "recipe.toml", "--to", tmp_path / what, "--rows", 24, "--json")
     assert done.exit_code == 0, done.output

@@ -50,12 +50,14 @@ def iso_cts(
         return deltas.mean(dim=0)
     mean = torch.cat([values for _, values, _ in triplets]).sum() / r
     sides = [torch.cat([one[at] for one in own], dim=1) for at in (0, 2)] if own else []
+    del own, triplets
     if shared is None:
         u, v = map(polar, sides)
-    elif own:
+    elif sides:
         u, v = _beside(sides[0], sides[1], shared[0], shared[2])
     else:
         u, _, v = shared
+    del sides, shared
     if len(u) < len(v):
         return times(v, mean * u.mT.double(), kind=deltas.dtype, turned=True).mT.reshape(deltas.shape[1:])
     return times(u, mean * v.mT.double(), kind=deltas.dtype).reshape(deltas.shape[1:])

@@ -1,0 +1,94 @@
+"""What enters each layer of an expert: the rows of which `esm` takes its directions, from unlabeled inputs."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ..errors import DataError
+from ..models.device import home
+from ..models.encoder import batches, forward, loaded
+from ..models.inputs import take
+from ..progress import Progress, silent
+from .measure import check, evaluating, named_in
+
+Rows = Callable[[nn.Module, tuple[Any, ...]], Float[Tensor, "rows in"]]
+
+
+@torch.no_grad()
+def entering(
+    encoder: nn.Module,
+    weights: Mapping[str, Tensor],
+    inputs: Any,
+    *,
+    rows: int = 1024,
+    batch: int = 32,
+    kind: str = "fp32",
+    progress: Progress = silent,
+) -> dict[str, Float[Tensor, "rows in"]]:
+    """Return ``rows`` of the rows that enter each layer of ``encoder``, under its weight's name, in fp32.
+
+    Layers are `nn.Linear` (a row a token), `nn.Conv2d` without groups that pads with zeros (a row a patch,
+    ``[in * height * width]``) and the joint projection of `nn.MultiheadAttention` as it attends to itself. Of each batch
+    evenly many rows are kept, evenly spaced; where there are too few, zeros follow, which give no direction. Padding
+    counts as a row, as in `gram`. Layers that are not called have none: `esm` merges them as `tsv` does.
+
+    Raises DataError without inputs, or if no such layer was called; ValueError at rows or a batch below 1.
+    Source: ESM (arXiv 2602.20208), which takes the tokens of at most 32 images.
+    """
+    check(inputs, batch)
+    if not (isinstance(rows, int) and rows >= 1):
+        raise ValueError(f"rows must be a whole number of at least 1, got {rows!r}")
+    fixed = loaded(encoder, weights)
+    kept: dict[str, list[Tensor]] = {}
+    share = [0]  # of the rows, how many this batch gives
+
+    def hook(name: str, rows_of: Rows) -> Any:
+        def remember(layer: nn.Module, args: tuple[Any, ...]) -> None:
+            found = rows_of(layer, args).detach()
+            at = torch.linspace(0, len(found) - 1, min(share[0], len(found)), device=found.device)
+            kept.setdefault(name, []).append(found[at.round().long()].float())
+
+        return remember
+
+    layers = {f"{n}.{own}": (m, f) for n, m in encoder.named_modules() if (told := _told(m)) for own, f in [told]}
+    hooks = [m.register_forward_pre_hook(hook(n, f)) for n, (m, f) in layers.items() if n in fixed]
+    try:
+        with evaluating(encoder), progress("keep what enters the layers", len(inputs)) as tick:
+            for at in batches(inputs, batch):
+                share[0] = -(-rows * len(at) // len(inputs))
+                forward(encoder, fixed, take(inputs, at), kind)
+                tick(len(at))
+    finally:
+        for one in hooks:
+            one.remove()
+    if not kept:
+        raise DataError("no linear layer or convolution of these weights ran in the encoder: nothing entered one")
+    named = named_in(encoder, weights)
+    return home({name: _exactly(torch.cat(kept[own]), rows) for name, own in named.items() if own in kept})
+
+
+def _told(module: nn.Module) -> tuple[str, Rows] | None:
+    """Return the name of a layer's weight and how rows are made of what the layer is called with; None for others."""
+    if isinstance(module, nn.Linear):
+        return "weight", lambda _, args: args[0].reshape(-1, args[0].shape[-1])
+    if isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros":
+        return None if module.padding == "same" else ("weight", _patches)  # which pads unevenly
+    if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
+        return "in_proj_weight", lambda _, args: args[0].reshape(-1, args[0].shape[-1])
+    return None
+
+
+def _patches(layer: Any, args: tuple[Any, ...]) -> Float[Tensor, "rows in"]:
+    padding = 0 if layer.padding == "valid" else layer.padding
+    patches = nn.functional.unfold(args[0], layer.kernel_size, layer.dilation, padding, layer.stride)
+    return patches.mT.reshape(-1, patches.shape[1])
+
+
+def _exactly(found: Tensor, rows: int) -> Float[Tensor, "rows in"]:
+    """Cut to ``rows``, evenly spaced, or fill up with zeros."""
+    if len(found) >= rows:
+        return found[torch.linspace(0, len(found) - 1, rows, device=found.device).round().long()]
+    return torch.cat([found, found.new_zeros(rows - len(found), found.shape[1])])
