@@ -193,7 +193,7 @@ def score_table(scores: Scores, tuned: bool, titles: dict[str, str]) -> View | N
     ]  # fmt: skip
     columns += [
         {"title": "normalised", "note": "% of expert"}, {"title": "worst task"},
-        {"title": "joint", "note": "hits@1, all classes"}, {"title": "ξ", "note": "nats"}, {"title": "ECE", "note": "%"},
+        {"title": "joint", "note": "all classes"}, {"title": "ξ", "note": "nats"}, {"title": "ECE", "note": "%"},
     ]  # fmt: skip
     kept = [i for i in range(len(columns)) if any(line["cells"][i]["text"] for group in groups for line in group)]
     for group in groups:
