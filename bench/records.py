@@ -194,8 +194,9 @@ def peers(told: Told) -> str:
 def study(told: Told) -> str:
     """Return a line for each variation, or each merger where there is but one: without, with adapting, the gain."""
     variations, mergers = told["variations"], told["mergers"]
-    about = f"Experts {points(variations[-1]['experts'])}; seeds: {told['seeds']}. Without -> with adapting, gain, "
-    about += "share of the loss recovered; scales chosen on validation."
+    tops = list(dict.fromkeys(points(one["experts"]) for one in variations))
+    about = f"Experts {', '.join(tops)}{' (line by line)' if len(tops) > 1 else ''}; seeds: {told['seeds']}. "
+    about += "Without -> with adapting, gain, share of the loss recovered; scales chosen on validation."
     if len(variations) == 1:
         one = variations[0]
         lines = [[f"`{m}`", study_cell(one["mergers"][m])] for m in mergers]

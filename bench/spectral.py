@@ -15,6 +15,7 @@ rows of its own task's validation split, without labels.
     own       1,500 texts of each task's training split, without labels: what can be had at most
     within    usual texts; task vectors held at the rank that TSV-M keeps, coadapted inside TSV-M's own merges
     aware     usual texts; coadapted inside TSV-M's own merges
+    quick     usual texts; three times the learning rate
     low       usual texts; changes of rank 16
     guard     usual texts; guard=2 in both steps
 
@@ -61,6 +62,7 @@ WAYS = {  # texts, adapt words
     "own": ("own", PLAIN),
     "within": ("usual", f"ri({HELD}) | coadapt({HELD}, merger='tsv', low=1.0, high=2.0)"),
     "aware": ("usual", "ri(steps=100) | coadapt(steps=100, merger='tsv', low=1.0, high=2.0)"),
+    "quick": ("usual", "ri(steps=100, lr=0.00015) | coadapt(steps=100, lr=0.00015)"),
     "low": ("usual", "ri(steps=100, rank=16, lr=0.0005) | coadapt(steps=100, rank=16, lr=0.0005)"),
     "guard": ("usual", "ri(steps=100, guard=2.0) | coadapt(steps=100, guard=2.0)"),
 }
