@@ -3,12 +3,14 @@
     python bench/source_proxy.py --suite conv --data VISION_TASKS --to OUT --out docs/results/conv-sources.json
 
 Sources, 2,000 inputs of each: the suite's own files, drawn ones, mixtures, inputs of tasks outside the suite, and those of
-its tasks (without labels). Of each, four scores by base, experts and heads alone, on at most 1,000 inputs:
+its tasks (without labels). Of each, six scores by base, experts and heads alone, on at most 1,000 inputs:
 
     own      mean over experts t of KL(h_t(base) || h_t(expert t)): how much the source shows of what an expert has learned
     others   mean over t and j != t of KL(h_j(base) || h_j(expert t)): how much it shows of what RI is to remove
     spread   mean over t of H(mean p_t) - mean H(p_t), the expert's own predictions: confident, and of many classes
     rank     exp of the entropy of the normalised spectrum of the base's features: how many directions it excites
+    near     mean over inputs of the largest cosine between the base's features and a class vector of any head
+    cover    mean over all classes of the largest cosine between its vector and the base's features of any input
 
 and the gain of ri with it over the same merger without, scale chosen on validation, the mean over mergers. ``rho`` is
 Spearman's rank correlation of each score with the gain over all sources.
@@ -22,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from merganser.adapt import slug
@@ -39,7 +42,7 @@ from merganser.suites.studies import MERGERS, _adapt_of, _as, _chosen, _Found, _
 from merganser.suites.suite import recipe_for
 
 SUITES = {"text": text.SUITE, "conv": vision.CONV}
-SCORES = ("own", "others", "spread", "rank")
+SCORES = ("own", "others", "spread", "rank", "near", "cover")
 FEW, LIMIT = 1000, 2000
 
 
@@ -81,11 +84,14 @@ def scores(ready: Prepared) -> dict[str, float]:
         spread.append(float(entropy(p.mean(dim=0)) - entropy(p).mean()))
     s = torch.linalg.svdvals(features_0.double() - features_0.double().mean(dim=0)).square()
     rank = float(entropy(s / s.sum()).exp())
+    cosine = F.normalize(features_0.float(), dim=1) @ F.normalize(stacked.one.weight.float(), dim=1).mT
     return {
         "own": float(np.mean(own)),
         "others": float(np.mean(others)),
         "spread": float(np.mean(spread)),
         "rank": rank,
+        "near": float(cosine.max(dim=1).values.mean()),
+        "cover": float(cosine.max(dim=0).values.mean()),
     }
 
 

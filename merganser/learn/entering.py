@@ -12,7 +12,7 @@ from ..models.device import home
 from ..models.encoder import batches, forward, loaded
 from ..models.inputs import take
 from ..progress import Progress, silent
-from .measure import check, evaluating, named_in
+from .measure import check, evaluating, name_of, named_in
 
 Rows = Callable[[nn.Module, tuple[Any, ...]], Float[Tensor, "rows in"]]
 
@@ -53,8 +53,9 @@ def entering(
 
         return remember
 
-    layers = {f"{n}.{own}": (m, f) for n, m in encoder.named_modules() if (told := _told(m)) for own, f in [told]}
-    hooks = [m.register_forward_pre_hook(hook(n, f)) for n, (m, f) in layers.items() if n in fixed]
+    told = [(m, *one) for m in encoder.modules() if (one := _told(m)) is not None]
+    named = [(name_of(encoder, weight), m, rows_of) for m, weight, rows_of in told]
+    hooks = [m.register_forward_pre_hook(hook(name, rows_of)) for name, m, rows_of in named if name in fixed]
     try:
         with evaluating(encoder), progress("keep what enters the layers", len(inputs)) as tick:
             for at in batches(inputs, batch):
@@ -62,22 +63,22 @@ def entering(
                 forward(encoder, fixed, take(inputs, at), kind)
                 tick(len(at))
     finally:
-        for one in hooks:
-            one.remove()
+        for placed in hooks:
+            placed.remove()
     if not kept:
         raise DataError("no linear layer or convolution of these weights ran in the encoder: nothing entered one")
-    named = named_in(encoder, weights)
-    return home({name: _exactly(torch.cat(kept[own]), rows) for name, own in named.items() if own in kept})
+    own = named_in(encoder, weights)
+    return home({name: _exactly(torch.cat(kept[at]), rows) for name, at in own.items() if at in kept})
 
 
-def _told(module: nn.Module) -> tuple[str, Rows] | None:
-    """Return the name of a layer's weight and how rows are made of what the layer is called with; None for others."""
+def _told(module: nn.Module) -> tuple[Tensor, Rows] | None:
+    """Return a layer's weight and how rows are made of what the layer is called with; None for other modules."""
     if isinstance(module, nn.Linear):
-        return "weight", lambda _, args: args[0].reshape(-1, args[0].shape[-1])
+        return module.weight, lambda _, args: args[0].reshape(-1, args[0].shape[-1])
     if isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros":
-        return None if module.padding == "same" else ("weight", _patches)  # which pads unevenly
+        return None if module.padding == "same" else (module.weight, _patches)  # which pads unevenly
     if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
-        return "in_proj_weight", lambda _, args: args[0].reshape(-1, args[0].shape[-1])
+        return module.in_proj_weight, lambda _, args: args[0].reshape(-1, args[0].shape[-1])
     return None
 
 

@@ -98,8 +98,9 @@ def gram(
     def hook(name: str) -> Any:
         return lambda layer, args: remember(name, layer, args[0])
 
-    layers = {f"{n}.weight": m for n, m in encoder.named_modules() if isinstance(m, nn.Linear)}
-    hooks = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items() if name in fixed]
+    layers = [m for m in encoder.modules() if isinstance(m, nn.Linear)]
+    told = [(name_of(encoder, layer.weight), layer) for layer in layers]
+    hooks = [layer.register_forward_pre_hook(hook(name)) for name, layer in told if name in fixed]
     try:
         with evaluating(encoder), progress("measure Gram matrices", len(inputs)) as tick:
             for at in batches(inputs, batch):
@@ -133,6 +134,11 @@ def check(inputs: Any, batch: int) -> None:
 
 def _parameters(encoder: nn.Module) -> list[str]:
     return [name for name, parameter in encoder.named_parameters() if parameter.is_floating_point()]
+
+
+def name_of(encoder: nn.Module, weight: Tensor) -> str | None:
+    """Return the encoder's first name of a parameter: where it has several, weights are loaded under that one."""
+    return next((name for name, p in encoder.named_parameters() if p is weight), None)
 
 
 def named_in(encoder: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, str]:

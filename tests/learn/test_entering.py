@@ -16,7 +16,7 @@ class Net(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(2, 4, 3, stride=2, padding=1, bias=False)
         self.grouped = nn.Conv2d(4, 4, 1, groups=2)
-        self.same = nn.Conv2d(4, 4, 2, padding="same")
+        self.same = nn.Conv2d(4, 4, 3, padding="same")
         self.attend = nn.MultiheadAttention(4, 2, batch_first=True)
         self.out, self.unused = nn.Linear(4, 3), nn.Linear(3, 3)
 
