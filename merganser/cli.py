@@ -479,6 +479,29 @@ def diagnose(
 
 @app.command()
 @guarded
+def sources(
+    recipe: Recipe,
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="More files, or what needs none (dead-leaves:1000).")
+    ] = None,
+    few: Annotated[int, typer.Option(min=1, help="How many inputs of each to look at.")] = 1000,
+    as_json: Json = False,
+) -> None:
+    """Rank unlabeled inputs by how well they cover the heads' classes: seconds, no label, no training."""
+    from .diagnose.sources import sources_of
+    from .progress import bars
+    from .recipe import read_recipe
+
+    found = sources_of(read_recipe(recipe), files or [], few=few, progress=bars)
+    if as_json:
+        return say([one.__dict__ for one in found], True, "")
+    from .show import show_sources
+
+    show_sources(found)
+
+
+@app.command()
+@guarded
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Folders that `run`, `demo` or `bench` wrote.")],
     to: Annotated[Path | None, typer.Option("--to", help="The HTML file to write.")] = None,

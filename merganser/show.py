@@ -218,6 +218,17 @@ def show_matrix(title: str, tasks: Sequence[str], matrix: Sequence[Sequence[floa
     _console().print(table)
 
 
+def show_sources(found: Sequence[Any]) -> None:
+    """Print sources of unlabeled inputs, the best first."""
+    table = _table(title="unlabeled inputs, those first that cover the classes best", title_justify="left")
+    table.add_column("source", overflow="fold")
+    for column in ("inputs", "cover", "near"):
+        table.add_column(column, justify="right")
+    for one in found:
+        table.add_row(one.source, f"{one.inputs:,}", f"{one.cover:.3f}", f"{one.near:.3f}")
+    _console().print(table)
+
+
 def show_findings(found: Any) -> None:
     """Print what would be done, what it needs, and everything found: errors first."""
     console = _console()

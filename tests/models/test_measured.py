@@ -6,9 +6,9 @@ import torch
 
 from merganser.learn.entering import entering
 from merganser.learn.measure import fisher, gram
+from merganser.models.encoder import bound
 from merganser.models.heads import linear_head
 from merganser.models.open import open_encoder
-from merganser.models.encoder import bound
 from merganser.weights.stored import Stored
 
 NAMES = {"bert": "BertModel", "vit": "ViTModel"}
@@ -25,7 +25,9 @@ def test_layers_are_found_under_stored_names(write, sentences, kind):
         inputs = encoder.prepare(sentences)
     base = {n: t.float() for n, t in Stored(folder).items() if t.is_floating_point()}
     base = {n: t for n, t in base.items() if bound(encoder, {n: t})}
-    layers = {n for n, t in base.items() if n.endswith("weight") and t.ndim == 2 and "embed" not in n and "pooler" not in n}
+    layers = {
+        n for n, t in base.items() if n.endswith("weight") and t.ndim == 2 and "embed" not in n and "pooler" not in n
+    }
     assert layers
     products, rows = gram(encoder, base, inputs), entering(encoder, base, inputs, rows=8)
     assert layers <= set(products)
