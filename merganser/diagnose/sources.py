@@ -90,7 +90,9 @@ def sources_of(
         groups["the recipe's, together"] = [Path(file) for file in own]
     parts = {name: split_sources(files) for name, files in groups.items()}
     lying = {name: read_unlabeled(files, few) if files else [] for name, (files, _) in parts.items()}
-    ready = prepare(recipe.model_copy(update={"inputs": None, "sentences": ["average"]}), progress=progress)
+    ready = prepare(
+        recipe.model_copy(update={"inputs": None, "sentences": ["average"], "where": {}}), progress=progress
+    )
     sources = {}
     for name, (_, tokens) in parts.items():
         raw = [*lying[name], *random_texts(ready.encoder, tokens)] if tokens else lying[name]

@@ -44,7 +44,8 @@ def learn_ingredient(
         raise DataError(f"unknown inputs '{on}'{did_you_mean(on, ON)}; known: {', '.join(ON)}")
     if on == "inputs" and recipe.inputs is None:
         raise DataError("the recipe has no unlabeled inputs; add [inputs] files = [...], or learn on the tasks' own")
-    ready = prepare(recipe, progress=progress)
+    # its sentences may need what is learned here
+    ready = prepare(recipe.model_copy(update={"sentences": ["average"], "where": {}}), progress=progress)
     few = {name: _first(ready.val.get(name) or ready.test[name], rows) for name in ready.experts}
     to = Path(to)
     how: dict[str, Any] = {"kind": ready.kind, "progress": progress}

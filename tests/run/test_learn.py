@@ -16,17 +16,18 @@ def call(*args):
 
 @pytest.mark.parametrize(("what", "step"), [("fisher", "fisher"), ("gram", "regmean"), ("inputs", "esm")])
 def test_what_is_measured_is_what_a_run_takes(user, tmp_path, what, step):
-    done = call("learn", what, user / "recipe.toml", "--to", tmp_path / what, "--rows", 24, "--json")
+    recipe = (user / "recipe.toml").read_text()
+    start = recipe.index("sentences = ["), recipe.index("]\n", recipe.index("sentences = [")) + 2
+    recipe = recipe[: start[0]] + f'sentences = ["{step}"]\n' + recipe[start[1] :]
+    other = user / f"{what}.toml"
+    other.write_text(recipe)  # whose sentence needs what is still to be learned
+    done = call("learn", what, other, "--to", tmp_path / what, "--rows", 24, "--json")
     assert done.exit_code == 0, done.output
     folders = json.loads(done.stdout)[what]
     assert set(folders) == {"stripes", "spots", "corners"}
     measured = {name: merganser.open_weights(folder) for name, folder in folders.items()}
     assert all("out.weight" in weights for weights in measured.values())
 
-    recipe = (user / "recipe.toml").read_text()
-    start = recipe.index("sentences = ["), recipe.index("]\n", recipe.index("sentences = [")) + 2
-    recipe = recipe[: start[0]] + f'sentences = ["{step}"]\n' + recipe[start[1] :]
-    other = user / f"{what}.toml"
     other.write_text(f'{recipe}\n[ingredients]\n{what} = "{tmp_path / what}"\n')
     done = call("run", other, "--to", tmp_path / "out")
     assert done.exit_code == 0, done.output
