@@ -226,7 +226,10 @@ def show_sources(found: Sequence[Any]) -> None:
         table.add_column(column, justify="right")
     for one in found:
         table.add_row(one.source, f"{one.inputs:,}", f"{one.cover:.3f}", f"{one.near:.3f}")
-    _console().print(table)
+    console = _console()
+    if not console.is_terminal:
+        console.width = 200  # paths in one piece
+    console.print(table)
 
 
 def show_findings(found: Any) -> None:
