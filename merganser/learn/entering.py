@@ -47,6 +47,8 @@ def entering(
 
     def hook(name: str, rows_of: Rows) -> Any:
         def remember(layer: nn.Module, args: tuple[Any, ...]) -> None:
+            if not args:  # called by keywords alone
+                return
             found = rows_of(layer, args).detach()
             at = torch.linspace(0, len(found) - 1, min(share[0], len(found)), device=found.device)
             kept.setdefault(name, []).append(found[at.round().long()].float())
