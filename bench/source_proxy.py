@@ -24,11 +24,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from merganser.adapt import slug
 from merganser.diagnose.interference import divergence
+from merganser.diagnose.sources import coverage
 from merganser.evaluate.table import rows_in
 from merganser.models.encoder import features
 from merganser.models.heads import Stacked
@@ -84,14 +84,14 @@ def scores(ready: Prepared) -> dict[str, float]:
         spread.append(float(entropy(p.mean(dim=0)) - entropy(p).mean()))
     s = torch.linalg.svdvals(features_0.double() - features_0.double().mean(dim=0)).square()
     rank = float(entropy(s / s.sum()).exp())
-    cosine = F.normalize(features_0.float(), dim=1) @ F.normalize(stacked.one.weight.float(), dim=1).mT
+    cover, near = coverage(features_0, ready.heads)
     return {
         "own": float(np.mean(own)),
         "others": float(np.mean(others)),
         "spread": float(np.mean(spread)),
         "rank": rank,
-        "near": float(cosine.max(dim=1).values.mean()),
-        "cover": float(cosine.max(dim=0).values.mean()),
+        "near": near,
+        "cover": cover,
     }
 
 

@@ -1,6 +1,7 @@
 """What enters each layer of an expert: the rows of which `esm` takes its directions, from unlabeled inputs."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from ..models.device import home
 from ..models.encoder import batches, forward, loaded
 from ..models.inputs import take
 from ..progress import Progress, silent
-from .measure import check, evaluating, name_of, named_in
+from .measure import check, evaluating, named_in, watching
 
-Rows = Callable[[nn.Module, tuple[Any, ...]], Float[Tensor, "rows in"]]
+Rows = Callable[[Tensor], Float[Tensor, "rows in"]]
 
 
 @torch.no_grad()
@@ -45,28 +46,24 @@ def entering(
     kept: dict[str, list[Tensor]] = {}
     share = [0]  # of the rows, how many this batch gives
 
-    def hook(name: str, rows_of: Rows) -> Any:
-        def remember(layer: nn.Module, args: tuple[Any, ...]) -> None:
-            if not args:  # called by keywords alone
-                return
-            found = rows_of(layer, args).detach()
+    def seen_as(rows_of: Rows) -> Callable[[str, Tensor], None]:
+        def remember(name: str, x: Tensor) -> None:
+            found = rows_of(x.detach())
             at = torch.linspace(0, len(found) - 1, min(share[0], len(found)), device=found.device)
             kept.setdefault(name, []).append(found[at.round().long()].float())
 
         return remember
 
-    told = [(m, *one) for m in encoder.modules() if (one := _told(m)) is not None]
-    named = [(name_of(encoder, weight), m, rows_of) for m, weight, rows_of in told]
-    hooks = [m.register_forward_pre_hook(hook(name, rows_of)) for name, m, rows_of in named if name in fixed]
-    try:
-        with evaluating(encoder), progress("keep what enters the layers", len(inputs)) as tick:
-            for at in batches(inputs, batch):
-                share[0] = -(-rows * len(at) // len(inputs))
-                forward(encoder, fixed, take(inputs, at), kind)
-                tick(len(at))
-    finally:
-        for placed in hooks:
-            placed.remove()
+    layers = [(m, told[0], seen_as(told[1])) for m in encoder.modules() if (told := _told(m)) is not None]
+    with (
+        watching(encoder, fixed, layers),
+        evaluating(encoder),
+        progress("keep what enters the layers", len(inputs)) as tick,
+    ):
+        for at in batches(inputs, batch):
+            share[0] = -(-rows * len(at) // len(inputs))
+            forward(encoder, fixed, take(inputs, at), kind)
+            tick(len(at))
     if not kept:
         raise DataError("no linear layer or convolution of these weights ran in the encoder: nothing entered one")
     own = named_in(encoder, weights)
@@ -74,19 +71,23 @@ def entering(
 
 
 def _told(module: nn.Module) -> tuple[Tensor, Rows] | None:
-    """Return a layer's weight and how rows are made of what the layer is called with; None for other modules."""
+    """Return a layer's weight and how rows are made of what enters it; None for other modules."""
     if isinstance(module, nn.Linear):
-        return module.weight, lambda _, args: args[0].reshape(-1, args[0].shape[-1])
+        return module.weight, _tokens
     if isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros":
-        return None if module.padding == "same" else (module.weight, _patches)  # which pads unevenly
+        return None if module.padding == "same" else (module.weight, partial(_patches, module))  # which pads unevenly
     if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
-        return module.in_proj_weight, lambda _, args: args[0].reshape(-1, args[0].shape[-1])
+        return module.in_proj_weight, _tokens
     return None
 
 
-def _patches(layer: Any, args: tuple[Any, ...]) -> Float[Tensor, "rows in"]:
+def _tokens(x: Tensor) -> Float[Tensor, "rows in"]:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _patches(layer: Any, x: Tensor) -> Float[Tensor, "rows in"]:
     padding = 0 if layer.padding == "valid" else layer.padding
-    patches = nn.functional.unfold(args[0], layer.kernel_size, layer.dilation, padding, layer.stride)
+    patches = nn.functional.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
     return patches.mT.reshape(-1, patches.shape[1])
 
 

@@ -6,7 +6,7 @@ each parameter's shape (Fisher), or one ``[in, in]`` matrix for each linear laye
 expert: a `Subset` of them, if there are more.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,8 @@ from ..models.encoder import batches, forward, loaded
 from ..models.heads import AnyHead
 from ..models.inputs import take
 from ..progress import Progress, silent
+
+Watched = tuple[nn.Module, Tensor, Callable[[str, Tensor], None]]
 
 
 def fisher(
@@ -89,26 +91,21 @@ def gram(
     sums: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
 
-    def remember(name: str, layer: nn.Linear, x: Tensor) -> None:
-        x = x.detach().reshape(-1, layer.in_features).float()
+    def remember(name: str, x: Tensor) -> None:
+        x = x.detach().reshape(-1, x.shape[-1]).float()
         with torch.autocast(x.device.type, enabled=False):
             sums.setdefault(name, x.new_zeros(x.shape[1], x.shape[1])).addmm_(x.mT, x)
         rows[name] = rows.get(name, 0) + len(x)
 
-    def hook(name: str) -> Any:
-        return lambda layer, args: remember(name, layer, args[0])
-
-    layers = [m for m in encoder.modules() if isinstance(m, nn.Linear)]
-    told = [(name_of(encoder, layer.weight), layer) for layer in layers]
-    hooks = [layer.register_forward_pre_hook(hook(name)) for name, layer in told if name in fixed]
-    try:
-        with evaluating(encoder), progress("measure Gram matrices", len(inputs)) as tick:
-            for at in batches(inputs, batch):
-                forward(encoder, fixed, take(inputs, at), kind)
-                tick(len(at))
-    finally:
-        for one in hooks:
-            one.remove()
+    layers = [(m, m.weight, remember) for m in encoder.modules() if isinstance(m, nn.Linear)]
+    with (
+        watching(encoder, fixed, layers),
+        evaluating(encoder),
+        progress("measure Gram matrices", len(inputs)) as tick,
+    ):
+        for at in batches(inputs, batch):
+            forward(encoder, fixed, take(inputs, at), kind)
+            tick(len(at))
     if not sums:
         raise DataError("no torch.nn.Linear with weights of its own ran in the encoder: there is nothing to measure")
     return home({name: sums[own] / rows[own] for name, own in named.items() if own in sums})
@@ -136,9 +133,24 @@ def _parameters(encoder: nn.Module) -> list[str]:
     return [name for name, parameter in encoder.named_parameters() if parameter.is_floating_point()]
 
 
-def name_of(encoder: nn.Module, weight: Tensor) -> str | None:
-    """Return the encoder's first name of a parameter: where it has several, weights are loaded under that one."""
-    return next((name for name, p in encoder.named_parameters() if p is weight), None)
+@contextmanager
+def watching(encoder: nn.Module, fixed: Mapping[str, Tensor], layers: Iterable[Watched]) -> Iterator[None]:
+    """Show for a while what enters layers: of each (module, its weight, see), ``see(name, what enters)``.
+
+    ``name`` is the encoder's first one of the weight: where it has several, weights are loaded under that. Layers whose
+    weight is not among ``fixed``, the loaded ones, and those called by keywords alone are left out.
+    """
+    first = {id(p): name for name, p in encoder.named_parameters()}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, name=name, see=see: see(name, args[0]) if args else None)
+        for module, weight, see in layers
+        if (name := first.get(id(weight))) in fixed
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def named_in(encoder: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, str]:

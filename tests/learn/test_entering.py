@@ -7,6 +7,7 @@ from torch import Tensor, nn
 import merganser
 from merganser.errors import DataError
 from merganser.learn.entering import entering
+from merganser.learn.measure import gram
 
 
 class Net(nn.Module):
@@ -86,6 +87,20 @@ def test_zeros_below_the_rows_change_no_merge(setting):
     for name in ("conv.weight", "attend.in_proj_weight", "out.weight"):
         torch.testing.assert_close(merged[0][name], merged[1][name])
         assert not torch.allclose(merged[0][name], tsv[name], atol=1e-3)
+
+
+def test_a_layer_called_by_keywords_alone_has_no_rows():
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(input=self.first(x))
+
+    net = Named()
+    assert set(entering(net, net.state_dict(), torch.randn(3, 4))) == {"first.weight"}
+    assert set(gram(net, net.state_dict(), torch.randn(3, 4))) == {"first.weight"}
 
 
 def test_wrong_asks_are_told(setting):
