@@ -202,8 +202,8 @@ def merge(
         return say({"merged": str(to), "config": base}, as_json, f"merged {base} into {to}")
     if not experts or not how:
         raise typer.BadParameter("give BASE, one or more EXPERT and --how SENTENCE, or a mergekit YAML alone")
-    if as_adapter or _is_cut(how):
-        freed_goes_back(64 << 20, 64 << 20)
+    if size := 64 if as_adapter else _free_pieces(how):
+        freed_goes_back(size << 20, size << 20)
     merge(
         read_base(base), experts, how, into=to, own=own or (), seed=seed, ingredients=pairs(ingredient, "--ingredient"),
         part=read_part(part), where=read_where(where or ()), vocabulary=vocabulary, dtype=dtype,
@@ -638,13 +638,16 @@ def finish(report: Path, as_json: bool) -> None:
     typer.echo(f"\nreport: {report}")
 
 
-def _is_cut(how: str) -> bool:
-    """Tell whether a sentence works on cuts of tensors; one that is wrong is told by what reads it next."""
+def _free_pieces(how: str) -> int | None:
+    """Return from how many MiB on a sentence's freed memory had better go back; None: as usual, or a wrong sentence."""
     from .sentence import parse
 
     with contextlib.suppress(MerganserError):
-        return all(step.elementwise for step in parse(how).merging.steps)
-    return False
+        steps = parse(how).merging.steps
+        if all(step.elementwise for step in steps):
+            return 64
+        return 1 if steps[0].kind == "align" else None
+    return None
 
 
 def freed_goes_back(size: int, heap: int) -> None:
@@ -652,6 +655,7 @@ def freed_goes_back(size: int, heap: int) -> None:
 
     Large matrices had better go at once, not into the heaps of the threads: half the memory. Cuts of tensors had not, nor
     the small matrices of adapters or of a small model, since fetching them again page by page costs a tenth of a merge.
+    Nor does an align step do much with any of them beside its decompositions: there all but the smallest go.
     """
     with contextlib.suppress(OSError, AttributeError):  # glibc only
         tell = ctypes.CDLL(None).mallopt

@@ -252,6 +252,9 @@ def through(
         if low is not None:
             yield from low
             return
+    if cuts is None and (turn := _in_turn(job, name, run, shape)) is not None:
+        yield from _aligned(job, name, run, *turn, zeros)
+        return
     edited = any(step.kind == "edit" for step in chosen[: run.at])
     for at, origin, base, deltas, moved in read(job, name, cut, shape) if cuts is None else cuts:
         if cuts is not None and edited:
@@ -290,6 +293,18 @@ def _from_factors(
     if job.factored:
         return iter([Piece(0, merged.left, merged.left, merged)])
     return _product(job, name, merged, cut)
+
+
+def _in_turn(job: Job, name: str, run: "_Run", shape: tuple[int, ...]) -> tuple[Tensor, Callable[[Tensor], Any]] | None:
+    """Return coordinates and the way back from deltas that are read one expert after another; None where that cannot be."""
+    if not run.steps or (function := _turns(run.steps[0])) is None:
+        return None
+    alone = [replace(job, experts={expert: weights}) for expert, weights in job.experts.items()]
+
+    def deltas() -> Iterator[Tensor]:
+        return (one.deltas[0] for single in alone for one in read(single, name, None, shape))
+
+    return named(replace(run.steps[0], function=function), name, deltas, shape=(len(alone), *shape))
 
 
 def _product(job: Job, name: str, merged: Factors, cut: int | None) -> Iterator[Piece]:
@@ -543,6 +558,11 @@ def stays_linear(steps: Sequence[Step]) -> bool:
 def by_factors(step: Step) -> Callable[..., Any] | None:
     """Return the form of an align step that takes factors: ``NAME_factors`` beside it."""
     return step.hook(f"{step.function.__name__}_factors") if step.kind == "align" else None
+
+
+def _turns(step: Step) -> Callable[..., Any] | None:
+    """Return the form of an align step that takes the experts' deltas in turn: ``NAME_in_turn`` beside it."""
+    return step.hook(f"{step.function.__name__}_in_turn") if step.kind == "align" else None
 
 
 def _finite(value: Any) -> bool:

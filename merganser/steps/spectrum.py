@@ -4,7 +4,7 @@ An eigendecomposition of the smaller Gram matrix in float64 costs a third to a h
 its rounding, 1e-16 of the largest squared singular value, is far below NULL^2.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -88,29 +88,49 @@ def leading(
 def top(
     gram: Float[Tensor, "n n"], k: int | None = None, size: float | None = None
 ) -> tuple[Float[Tensor, " k"], Float[Tensor, "n k"]]:
-    """Return the k largest singular values of a matrix with this Gram matrix and their vectors, as `leading` does."""
+    """Return the k largest singular values of a matrix with this Gram matrix and their vectors, as `leading` does.
+
+    The Gram matrix may be overwritten.
+    """
     k = min(k or len(gram), len(gram))
-    squares, v = _few(gram, k) or torch.linalg.eigh(gram)  # ascending
+    squares, v = _few(gram, k) or eigh(gram)  # ascending
     squares, v = squares[-k:].flip(0), v[:, -k:].flip(1)
     real = squares > (NULL * (size or squares[0].sqrt())) ** 2
     return squares[real].sqrt(), v[:, real]
 
 
+def eigh(gram: Float[Tensor, "n n"]) -> tuple[Float[Tensor, " n"], Float[Tensor, "n n"]]:
+    """Return eigenvalues, ascending, and vectors of a symmetric matrix, in its own memory unless a gradient is asked for."""
+    if gram.requires_grad:
+        return torch.linalg.eigh(gram)
+    values, vectors = gram.new_empty(len(gram)), gram.mT  # the same matrix, column by column as LAPACK has it
+    torch.linalg.eigh(vectors, out=(values, vectors))
+    return values, vectors
+
+
 def squared(*talls: Float[Tensor, "m n"]) -> Float[Tensor, "n n"]:
-    """Return ``tall^T tall`` in float64, of several matrices under each other without putting them there.
+    """Return ``tall^T tall`` in float64, of several matrices under each other without putting them there."""
+    if talls[0].requires_grad:
+        return torch.stack([tall.mT.double() @ tall.double() for tall in talls]).sum(dim=0)
+    gram = squares(talls)
+    assert gram is not None
+    return gram
+
+
+def squares(talls: Iterable[Float[Tensor, "m n"]]) -> Float[Tensor, "n n"] | None:
+    """Do the same of matrices that come one after another, of which none is asked for again; None where there are none.
 
     Rows come in bands, so that no float64 copy of all is made; of each pair of bands of columns one product is enough.
     """
-    if talls[0].requires_grad:
-        return torch.stack([tall.mT.double() @ tall.double() for tall in talls]).sum(dim=0)
-    n = talls[0].shape[1]
-    gram = torch.zeros(n, n, dtype=torch.float64, device=talls[0].device)
-    width = max(64, -(-n // 4))
+    gram: Tensor | None = None
     for tall in talls:
+        if gram is None:
+            n = tall.shape[1]
+            gram, width = torch.zeros(n, n, dtype=torch.float64, device=tall.device), max(64, -(-n // 4))
         for rows in map(_as, tall.split(BAND)):
             for a in range(0, n, width):
                 gram[a:, a : a + width].addmm_(rows[:, a:].mT, rows[:, a : a + width])
-    return _mirrored(gram, width)
+    return None if gram is None else _mirrored(gram, width)
 
 
 def times(
@@ -152,7 +172,7 @@ def _few(gram: Float[Tensor, "n n"], k: int) -> tuple[Float[Tensor, " p"], Float
     p = k + max(16, k // 4)  # a margin, so that lambda - lambda_i is not small
     if n < 256 or 4 * p > n or gram.requires_grad:
         return None
-    values, x = torch.linalg.eigh(gram.float())
+    values, x = eigh(gram.float())
     rest, (squares, v, residual) = x[:, :-p], _within(gram, x[:, -p:].double())
     for _ in range(4):
         missing = (rest.mT @ residual.float()) / (squares - values[:-p, None].double()).float()
@@ -185,7 +205,7 @@ def polar_parts(x: Float[Tensor, "m n"]) -> tuple[Float[Tensor, "m r"], Float[Te
 
 def _right(x: Float[Tensor, "m n"]) -> tuple[Float[Tensor, " r"], Float[Tensor, "n r"]]:
     """Return the singular values of a tall matrix and its right singular vectors, on the non-null part."""
-    squares, q = torch.linalg.eigh(squared(x))
+    squares, q = eigh(squared(x))
     null = int((squares <= NULL**2 * squares[-1]).sum())  # the first of them, since they ascend
     return squares[null:].sqrt(), q[:, null:]
 

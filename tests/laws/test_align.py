@@ -1,9 +1,12 @@
 """Laws of the align steps beyond those of test_steps.py: knobs, gradients, and what each one aligns."""
 
+import functools
 import importlib
+import math
 import pkgutil
 import sys
 import tomllib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional
 
 import merganser.steps.align
-from merganser.errors import SentenceError
+from merganser.errors import SentenceError, WeightsError
 from merganser.merge import merge
-from merganser.steps.align.knots import knots
+from merganser.steps.align.knots import knots, knots_in_turn
 from merganser.steps.align.permute import SPECS, permute, prepare
 from merganser.steps.combine.ties import ties
 
@@ -104,6 +107,51 @@ def test_a_convolution_is_the_matrix_of_its_patches() -> None:
     conv = normal(0, 3, 4, 2, 3, 3)
     assert torch.equal(knots(conv)[0], knots(conv.flatten(2))[0])
     assert torch.equal(knots(conv, conv="mean")[0], conv)
+
+
+@given(
+    seed=seeds, shape=st.sampled_from([(5, 3), (3, 5), (3, 2, 2, 2), (1, 1)]), experts=counts, rank=st.integers(0, 3)
+)
+@fast
+def test_knots_of_deltas_in_turn_are_knots(seed: int, shape: tuple, experts: int, rank: int) -> None:
+    many = (normal(seed, experts, shape[0], rank) @ normal(seed, rank, math.prod(shape[1:]))).reshape(experts, *shape)
+    many, calls, buffer = many if rank < 3 else normal(seed, experts, *shape), [], torch.empty(shape)
+
+    def deltas() -> Iterator[Tensor]:  # each in the place of the one before
+        calls.append(len(calls))
+        return (buffer.copy_(one) for one in many)
+
+    found = knots_in_turn(deltas, many.shape)
+    if found is None:
+        assert not many.any() or shape[0] > experts * math.prod(shape[1:])
+        return
+    (coords, back), (same, restore) = found, knots(many)
+    assert torch.equal(coords, same)
+    assert torch.equal(back(coords.sum(0)), restore(same.sum(0)))
+    assert len(calls) == 2
+
+
+def test_a_merge_reads_the_deltas_for_knots_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = {"w": normal(0, 8, 6), "flat": normal(1, 6), "tall": normal(2, 20, 2), "still": normal(3, 4, 4)}
+    experts = {f"e{k}": {n: w + normal(9 + k, *w.shape) * (n != "still") for n, w in base.items()} for k in range(3)}
+    turns: list[Any] = []
+    told = sys.modules[knots.__module__]
+
+    @functools.wraps(knots_in_turn)
+    def seen(*args: Any, **knobs: Any) -> Any:
+        turns.append(knots_in_turn(*args, **knobs))
+        return turns[-1]
+
+    monkeypatch.setattr(told, "knots_in_turn", seen)
+    merged = merge(base, experts, "knots | ties")
+    assert {found is not None for found in turns} == {True, False}  # the tall and the still one are taken together
+    monkeypatch.setattr(told, "knots_in_turn", functools.wraps(knots_in_turn)(lambda *_, **__: None))
+    together = merge(base, experts, "knots | ties")
+    assert all(torch.equal(merged[name], together[name]) for name in base)
+    experts["e1"]["w"][0, 0] = float("nan")
+    monkeypatch.setattr(told, "knots_in_turn", knots_in_turn)
+    with pytest.raises(WeightsError, match="expert 'e1' has NaN or inf in tensor 'w'"):
+        merge(base, experts, "knots | ties")
 
 
 # --- permute

@@ -35,6 +35,19 @@ def close(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
 
 
+@given(seed=seeds, n=st.integers(1, 12))
+@fast
+def test_eigenpairs_found_in_place_are_those_of_the_matrix(seed: int, n: int) -> None:
+    x = normal(seed, n + 1, n).double()
+    gram = x.mT @ x
+    kept, place = gram.clone(), gram.data_ptr()
+    values, vectors = spectrum.eigh(gram)
+    assert vectors.data_ptr() == place
+    torch.testing.assert_close(values, torch.linalg.eigvalsh(kept))
+    torch.testing.assert_close(kept @ vectors, vectors * values)
+    torch.testing.assert_close(vectors.mT @ vectors, torch.eye(n, dtype=torch.float64))
+
+
 def by_svd(name: str, deltas: Tensor) -> Tensor:
     """Return what the papers write, by plain SVDs in float64."""
     deltas = deltas.double()

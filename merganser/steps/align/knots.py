@@ -1,12 +1,13 @@
 """KnOTS: all experts' deltas in one common basis of the outputs, where entries of one index mean the same."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..spectrum import NULL, factored, leading, matrices, peaks, squared, times
+from ..spectrum import BAND, NULL, eigh, factored, leading, matrices, moved, peaks, squared, squares, times
 
 LINEAR = True  # what is linear in the coordinates is so in the deltas
 
@@ -28,7 +29,8 @@ def knots(
 
     Tensors that are not matrices pass unchanged (the published code drops them). Each basis vector's largest entry is
     positive, which settles the sign. Computed in float64 from the smaller Gram matrix. Cost: cubic in min(out, T in),
-    on one core below a second at 768 and some ten seconds at 3072; keep tall embeddings out of it.
+    on one core below a second at 768 and some ten seconds at 3072; keep tall embeddings out of it. A merge reads the
+    deltas one after another (`knots_in_turn`) and needs three times the Gram matrix beside their coordinates.
     Gradients are finite if singular values are distinct. Raises ValueError for a negative threshold or unknown conv.
     Source: Stoica et al., Model merging with SVD to tie the KnOTS (arXiv 2410.19735).
     """
@@ -36,21 +38,59 @@ def knots(
     wide = matrices(deltas, conv)
     if wide is None:
         return deltas, _unchanged
-    u, s = _left(wide)
-    keep = (s > threshold) & (s > NULL * s.max())
-    basis = u[:, keep] * peaks(u).sign()[keep]
-    coords = torch.stack([times(delta.mT, basis, kind=deltas.dtype, turned=True).mT for delta in wide])
-    basis = basis.to(deltas.dtype)
-    return coords, lambda merged: (basis @ merged.to(basis.dtype)).reshape(deltas.shape[1:])
-
-
-def _left(wide: Float[Tensor, "experts out inner"]) -> tuple[Float[Tensor, "out r"], Float[Tensor, " r"]]:
-    """Return left singular vectors and singular values of all deltas side by side, in float64, largest first."""
     if wide.shape[1] > len(wide) * wide.shape[2]:
         u, s, _ = leading(torch.cat(list(wide), dim=1))
-        return u, s
-    squares, u = torch.linalg.eigh(squared(*wide.mT))
-    return u.flip(1), squares.clamp(min=0).sqrt().flip(0)
+    else:
+        u, s = _left(squared(*wide.mT))
+    return _tied(_kept(u, s, threshold), wide, deltas.shape)
+
+
+def knots_in_turn(
+    deltas: Callable[[], Iterator[Float[Tensor, "*shape"]]],
+    shape: Sequence[int],
+    *,
+    threshold: float = 1e-5,
+    conv: str = "matrix",
+) -> tuple[Float[Tensor, "experts *other"], Callable[[Tensor], Tensor]] | None:
+    """Do the same, to the bit, for deltas that are had one after another, and once more: never all of them at a time.
+
+    ``shape`` is that of all, ``[experts, ...]``. None where `knots` would pass them unchanged or needs them side by side.
+    Source: see `knots`.
+    """
+    _check(threshold)
+    if not factored(shape[1:], conv) or shape[1] > shape[0] * math.prod(shape[2:]):
+        return None
+    gram = squares(one.flatten(1).mT for one in deltas() if moved(one))
+    if gram is None:
+        return None
+    return _tied(_kept(*_left(gram), threshold), (one.flatten(1) for one in deltas()), shape)
+
+
+def _left(gram: Float[Tensor, "out out"]) -> tuple[Float[Tensor, "out out"], Float[Tensor, " out"]]:
+    """Return left singular vectors and singular values, largest first, from a Gram matrix, which may be overwritten."""
+    values, u = eigh(gram.neg_())  # ascending, so that those of the largest come first
+    return u, values.neg().clamp(min=0).sqrt()
+
+
+def _kept(u: Float[Tensor, "out n"], s: Float[Tensor, " n"], threshold: float) -> Float[Tensor, "out r"]:
+    u = u[:, : int(((s > threshold) & (s > NULL * s[:1])).sum())]
+    sign = torch.cat([peaks(some).sign() for some in u.split(BAND, dim=1)])
+    return u * sign if u.requires_grad else u.mul_(sign)
+
+
+def _tied(
+    basis: Float[Tensor, "out r"], wide: Iterable[Float[Tensor, "out inner"]], shape: Sequence[int]
+) -> tuple[Float[Tensor, "experts r inner"], Callable[[Tensor], Tensor]]:
+    """Return the coordinates of deltas as they come, and the way back."""
+    found = (times(one.mT, basis, kind=one.dtype, turned=True).mT for one in wide)
+    if basis.requires_grad:
+        coords = torch.stack(list(found))
+    else:
+        for t, one in enumerate(found):
+            coords = one.new_empty(shape[0], *one.shape) if t == 0 else coords
+            coords[t] = one
+    basis = basis.to(coords.dtype)
+    return coords, lambda merged: (basis @ merged.to(basis.dtype)).reshape(shape[1:])
 
 
 def knots_factors(

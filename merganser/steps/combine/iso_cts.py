@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..spectrum import NULL, leading, matrices, moved, polar, squared, summed, times, top
+from ..spectrum import NULL, eigh, leading, matrices, moved, polar, squared, summed, times, top
 
 Triplets = tuple[Tensor, Tensor, Tensor]  # u [out, k], s [k], v [in, k]
 
@@ -87,7 +87,7 @@ def _common(total: Tensor, c: int) -> tuple[Triplets, Tensor | None]:
     """Return the c leading triplets of the sum and, unless it is tall, a basis of what they leave of the outputs."""
     if total.shape[0] > total.shape[1]:
         return leading(total, c), None
-    squares, u = torch.linalg.eigh(squared(total.mT))  # ascending
+    squares, u = eigh(squared(total.mT))  # ascending
     real = min(c, int((squares > NULL**2 * squares[-1]).sum()))
     u, rest = u[:, -real:].flip(1), u[:, :-real]
     s = squares[-real:].flip(0).sqrt()
