@@ -193,6 +193,8 @@ def peers(told: Told) -> str:
 
 def study(told: Told) -> str:
     """Return a line for each variation, or each merger where there is but one: without, with adapting, the gain."""
+    if "rows" in told:
+        return rows(told)
     variations, mergers = told["variations"], told["mergers"]
     tops = list(dict.fromkeys(points(one["experts"]) for one in variations))
     about = f"Experts {', '.join(tops)}{' (line by line)' if len(tops) > 1 else ''}; seeds: {told['seeds']}. "

@@ -573,8 +573,9 @@ def bench(
     study: Annotated[
         str | None,
         typer.Option(
-            help="text, lora, vision: a question over several seeds, with table and figure: alpha, amount, distance, form, "
-            "lr, mergers, part, sources, steps, tasks, together or aware. --how then replaces its mergers."
+            help="text, lora, vision: a question over several seeds, with table and figure: alpha, amount, aware, "
+            "baselines, distance, form, lr, mergers, part, proxy, sources, steps, tasks, together or transfer. --how then "
+            "replaces its mergers."
         ),
     ] = None,
     ri: Annotated[

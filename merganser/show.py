@@ -75,6 +75,8 @@ def show_study(path: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"study": str(path), "found": told}))
         return
+    if "rows" in told:
+        return _show_rows(told, path)
     console = _console()
     title = f"{told['title']} Percent with adapting (gain, 95 % interval), scale chosen on validation, {told['seeds']} seeds"
     table = _table(title=title, title_justify="left")
@@ -87,6 +89,20 @@ def show_study(path: Path, as_json: bool) -> None:
         table.add_row(one["label"], *cells, f"{one['seconds']:.0f}")
     if not console.is_terminal:
         console.width = max(console.width, 24 + 30 * (1 + len(told["mergers"])))
+    console.print(table)
+    console.print(f"figure: {path.with_suffix('.svg')}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _show_rows(told: Mapping[str, Any], path: Path) -> None:
+    """Print a study that has a table of its own."""
+    console = _console()
+    table = _table(title=f"{told['title']} {told['seeds']} seeds", title_justify="left")
+    for k, name in enumerate(told["head"]):
+        table.add_column(name, justify="right" if k else "left", no_wrap=not k)
+    for row in told["rows"]:
+        table.add_row(*row)
+    if not console.is_terminal:
+        console.width = max(console.width, 60 + 24 * len(told["head"]))
     console.print(table)
     console.print(f"figure: {path.with_suffix('.svg')}", highlight=False, markup=False, soft_wrap=True)
 

@@ -1,6 +1,6 @@
 """Score a model on tasks: every task with its own head, in one pass over its inputs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -102,11 +102,8 @@ class Scores(Mapping[str, Outcome]):
 
     def compared(self, other: "Scores") -> dict[str, float]:
         """Return the gain over ``other`` with its paired interval and the p value of no difference (paired bootstrap)."""
-        draws = means([other, self])
-        difference = draws[:, 1] - draws[:, 0]
-        tail = min((difference <= 0).mean(), (difference >= 0).mean())
-        p = min(1.0, 2 * max(float(tail), 1 / len(difference)))
-        return {"score": self.mean - other.mean, **interval(difference), "p": p}
+        told = gained([(other, self)])
+        return {part: told[part] for part in ("score", "low", "high", "p")}
 
     def hits(self, form: str = "names") -> dict[str, dict[str, float]] | None:
         """Return hits@k over the classes of all tasks (`joint.hits`), or None where they were not asked for.
@@ -147,3 +144,17 @@ def means(rows: "list[Scores]", seed: int = 0) -> np.ndarray:
     """Return bootstrap draws of each row's mean over the tasks, paired over rows, ``[draws, rows]``."""
     tasks = {name: (o.metric, o.labels) for name, o in rows[0].items()}
     return mean_scores(tasks, [{name: o.predictions for name, o in row.items()} for row in rows], seed=seed)
+
+
+def gained(pairs: Sequence[tuple[Scores, Scores]]) -> dict[str, Any]:
+    """Return what the second of each pair scores more than the first, the mean over pairs (seeds, mergers): ``score``.
+
+    ``low`` and ``high`` are its 95 % interval over test examples, paired, pairs averaged first; ``p`` the two-sided p value
+    of that bootstrap; ``each`` every pair's own difference.
+    """
+    draws = means([scores for pair in pairs for scores in pair])
+    difference = (draws[:, 1::2] - draws[:, 0::2]).mean(axis=1)
+    tail = min((difference <= 0).mean(), (difference >= 0).mean())
+    each = [b.mean - a.mean for a, b in pairs]
+    p = min(1.0, 2 * max(float(tail), 1 / len(difference)))
+    return {"score": float(np.mean(each)), **interval(difference), "p": p, "each": each}

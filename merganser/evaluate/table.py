@@ -10,7 +10,7 @@ import numpy as np
 from ..card import read_json, write_json
 from .joint import Union
 from .metrics import bootstrap, interval
-from .run import Outcome, Scores, means
+from .run import Outcome, Scores, gained
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,5 @@ def overall_gain(rows: Sequence[Row], tuned: bool = True) -> dict[str, float] | 
     ]
     if not pairs:
         return None
-    draws = means([row.scores for pair in pairs for row in pair])
-    difference = (draws[:, 1::2] - draws[:, 0::2]).mean(axis=1)
-    return {"score": float(np.mean([b.scores.mean - a.scores.mean for a, b in pairs])), **interval(difference)}
+    told = gained([(a.scores, b.scores) for a, b in pairs])
+    return {part: told[part] for part in ("score", "low", "high")}

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..errors import DataError, MissingExtra
 
+NAMED = 20  # points at most that have their names beside them
 STYLE = {"svg.hashsalt": "merganser", "svg.fonttype": "none", "font.size": 9}
 
 
@@ -49,8 +50,11 @@ def gains_figure(scores: Mapping[str, Any]) -> str:
 def study_figure(told: Mapping[str, Any]) -> str:
     """Return an SVG of a study.json: the share of the loss that adapting recovers, by variation, a line a merger.
 
-    Bars behind them are 95 % intervals of the gain, paired, as shares of the same loss.
+    Bars behind them are 95 % intervals of the gain, paired, as shares of the same loss. Of a study that has points,
+    those: a place each, or against what each has as ``x``.
     """
+    if "points" in told:
+        return _points_figure(told)
     mpl, figure = _matplotlib()
     ticks, lines = _by_merger(told) if len(told["variations"]) > 1 else _of_one(told)
     with mpl.rc_context(STYLE):
@@ -68,6 +72,33 @@ def study_figure(told: Mapping[str, Any]) -> str:
         axes.set_ylabel("recovered, % of what merging loses")
         if len(lines) > 1:
             picture.legend(loc="outside upper center", frameon=False, fontsize=8, ncols=4)
+        axes.spines[["top", "right"]].set_visible(False)
+        return _svg(picture)
+
+
+def _points_figure(told: Mapping[str, Any]) -> str:
+    """Return an SVG of points with their intervals, by name one under the other, or over their ``x``."""
+    mpl, figure = _matplotlib()
+    points = told["points"]
+    across = "x" in told
+    with mpl.rc_context(STYLE):
+        picture = figure(figsize=(6.4, 3.6 if across else 0.9 + 0.3 * len(points)), layout="constrained")
+        axes = picture.subplots()
+        for k, one in enumerate(points):
+            low, middle, high = (100 * one[part] for part in ("low", "y", "high"))
+            at = one["x"] if across else len(points) - 1 - k
+            line, ends = (axes.vlines, ([at], [low], [high])) if across else (axes.hlines, ([at], [low], [high]))
+            line(*ends, color="#9db8d9", linewidth=4, alpha=0.8)
+            axes.plot(*((at, middle) if across else (middle, at)), "o", color="#1f4e8c", markersize=4)
+            if across and len(points) <= NAMED:
+                axes.annotate(one["label"], (at, middle), (4, 3), textcoords="offset points", fontsize=7)
+        (axes.axhline if across else axes.axvline)(0, color="#444444", linewidth=0.8, linestyle=":")
+        if across:
+            axes.set_xlabel(told["x"])
+            axes.set_ylabel(told["y"])
+        else:
+            axes.set_yticks(range(len(points)), [one["label"] for one in reversed(points)])
+            axes.set_xlabel(told["y"])
         axes.spines[["top", "right"]].set_visible(False)
         return _svg(picture)
 

@@ -11,17 +11,17 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..adapt import adapt_steps, how_text, slug, stages
-from ..card import read_card, read_json, write_json
+from ..card import key_of, read_card, read_json, write_json
 from ..errors import DataError, did_you_mean
-from ..evaluate.metrics import interval
-from ..evaluate.run import means
-from ..evaluate.table import Row, rows_in
+from ..evaluate.run import Scores, gained
+from ..evaluate.table import Row, read_rows, rows_in, write_rows
 from ..progress import Progress, silent
 from ..recipe import Recipe
 from ..run import run
@@ -116,21 +116,21 @@ def _parts(recipe: Recipe, ri: Words) -> Sequence[Group]:
 def _amounts(recipe: Recipe, ri: Words) -> Sequence[Group]:
     most = recipe.inputs.limit if recipe.inputs else None
     sizes = [n for n in (250, 1000, 4000, 12000) if most is None or n <= most]
-    return [Group(f"{n}", {f"{n}": ri()}, _with_inputs(limit=n)) for n in sizes]
+    return [Group(f"{n}", {f"{n}": ri()}, with_inputs(limit=n)) for n in sizes]
 
 
 def _sources(recipe: Recipe, ri: Words) -> Sequence[Group]:
     files = recipe.inputs.files if recipe.inputs else []
     drawn = ["tokens:12000"] if recipe.model.encoder == "text" else ["noise:6000", "dead-leaves:6000", "fractals:6000"]
-    single = [Group(_stem(f), {_stem(f): ri()}, _with_inputs(files=[f])) for f in [*files, *map(Path, drawn)]]
+    single = [Group(stem(f), {stem(f): ri()}, with_inputs(files=[f])) for f in [*files, *map(Path, drawn)]]
     return [*single, Group("all", {"all files": ri()})]
 
 
-def _stem(path: Path) -> str:
+def stem(path: Path) -> str:
     return path.name.split(".")[0].split(":")[0]
 
 
-def _with_inputs(**settings: Any) -> Change:
+def with_inputs(**settings: Any) -> Change:
     def change(recipe: Recipe) -> Recipe:
         if recipe.inputs is None:
             raise DataError("this study needs unlabeled inputs")
@@ -212,6 +212,53 @@ STUDIES: dict[str, Study] = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A question that ``measure(Asked)`` of a module of its own answers, by head and rows of a table, and points."""
+
+    question: str
+    axis: str
+    module: str
+    mergers: Sequence[str] = MERGERS
+
+
+MEASURED: dict[str, Measured] = {
+    "baselines": Measured(
+        "What else can be done with the same unlabeled inputs?", "way", "baselines", ("task_arithmetic", "tsv")
+    ),
+    "proxy": Measured("Which unlabeled inputs help, before anything is trained?", "source", "proxy"),
+    "transfer": Measured("Does adapting cost positive transfer?", "pair", "transfer", ("task_arithmetic",)),
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a study is asked of: the suite's recipe, its ``ri``, and where what was found is kept."""
+
+    recipe: Recipe
+    ri: Words
+    folder: Path
+    seeds: int
+    mergers: Sequence[str]
+    progress: Progress
+
+    def key(self, seed: int) -> list[Any]:
+        """Return what a score depends on beside weights and labelled rows."""
+        assert self.recipe.inputs is not None, "a suite has inputs"
+        return [self.ri(), self.ri.coadapt(), seed, self.recipe.inputs.model_dump(mode="json")]
+
+
+def kept(place: Path, name: str, key: Any, work: Callable[[], Scores]) -> Row:
+    """Return a row from ``PLACE/rows`` if it is of this key, else what ``work`` scores, written there."""
+    path, told = place / "rows" / f"{slug(name)}.json", key_of(key)
+    if (found := read_rows(path, told)) is None:
+        started = time.monotonic()
+        scores = work()
+        write_rows(path, told, [Row(name, scores, seconds=round(time.monotonic() - started, 3))])
+        found = read_rows(path, told) or []
+    return found[0]
+
+
 @dataclass
 class _Found:
     """What one variation gave with one merger: rows without and with adapting, a pair a seed."""
@@ -221,29 +268,25 @@ class _Found:
     def told(self, experts: Sequence[float]) -> dict[str, Any]:
         """Return means over seeds; the interval of the gain is over test examples, paired, seeds averaged first."""
         without = [a.scores.mean for a, _ in self.pairs]
-        with_ = [b.scores.mean for _, b in self.pairs]
-        draws = means([row.scores for pair in self.pairs for row in pair])
-        difference = (draws[:, 1::2] - draws[:, 0::2]).mean(axis=1)
-        tail = min((difference <= 0).mean(), (difference >= 0).mean())
-        gains = [b - a for a, b in zip(without, with_, strict=True)]
+        gain = gained([(a.scores, b.scores) for a, b in self.pairs])
+        by_seed = gain.pop("each")
         lost = float(np.mean(experts) - np.mean(without))
-        gain = {"score": float(np.mean(gains)), **interval(difference)}
-        gain["p"] = min(1.0, 2 * max(float(tail), 1 / len(difference)))
         return {
             "without": float(np.mean(without)),
-            "with": float(np.mean(with_)),
+            "with": float(np.mean([b.scores.mean for _, b in self.pairs])),
             "scales": [[a.scale, b.scale] for a, b in self.pairs],
             "gain": gain,
-            "by_seed": gains,
+            "by_seed": by_seed,
             "recovered": gain["score"] / lost if lost > 0 else None,
         }
 
 
-def open_study(name: str) -> Study:
+def open_study(name: str) -> Study | Measured:
     """Return a study by its name. Raises DataError for an unknown one."""
-    if name not in STUDIES:
-        raise DataError(f"unknown study '{name}'{did_you_mean(name, list(STUDIES))}; known: {', '.join(STUDIES)}")
-    return STUDIES[name]
+    known: dict[str, Study | Measured] = {**STUDIES, **MEASURED}
+    if name not in known:
+        raise DataError(f"unknown study '{name}'{did_you_mean(name, list(known))}; known: {', '.join(known)}")
+    return known[name]
 
 
 def suite_of(name: str, opened: Any) -> Suite:
@@ -277,30 +320,11 @@ def bench(
         raise DataError(f"--how '{adapting[0]}': a study adapts by itself; give what comes after, such as ties")
     folder = Path(to)
     recipe = recipe_for(suite, data, mergers, progress=progress)
-    groups = asked.groups(recipe, words)
-    found: dict[tuple[str, str], _Found] = {}
-    seconds: dict[str, list[float]] = {}
-    experts: dict[str, list[float]] = {}
-    places: list[Path] = []
-    for seed in range(seeds):
-        for group in groups:
-            place = folder / f"seed-{seed}" / slug(group.name)
-            asked_of = [_asked_with(how, m) + f" | {m}" for how in group.adapts.values() for m in mergers]
-            sentences = list(dict.fromkeys([*mergers, *asked_of]))
-            for earlier in places:
-                _share(earlier / "rows", place / "rows")
-            places.append(place)
-            run(_as(group.change(recipe), sentences, seed), place, progress=progress)
-            rows = _chosen(rows_in(place))
-            top = (read_json(place / "scores.json") or {})["experts"]["mean"]["score"]
-            for label, adapt in group.adapts.items():
-                experts.setdefault(label, []).append(top)
-                by = {m: _adapt_of(_asked_with(adapt, m)) for m in mergers}
-                seconds.setdefault(label, []).append(float(np.mean([_adapting(place, by[m]) for m in mergers])))
-                for merger in mergers:
-                    pair = rows[None, merger], rows[by[merger], merger]
-                    found.setdefault((label, merger), _Found()).pairs.append(pair)
-    adapts = {label: how for group in groups for label, how in group.adapts.items()}
+    of = Asked(recipe, words, folder, seeds, mergers, progress)
+    if isinstance(asked, Measured):
+        found = import_module(f".measured.{asked.module}", __package__).measure(of)
+    else:
+        found = {"variations": _varied(asked, of)}
     told = {
         "version": 1,
         "study": name,
@@ -311,20 +335,64 @@ def bench(
         "command": f"{recipe.command} --study {name} --seeds {seeds}" + (f" --ri '{ri}'" if ri else ""),
         "seeds": seeds,
         "mergers": mergers,
-        "variations": [
-            {
-                "label": label,
-                "adapt": adapt,
-                "experts": float(np.mean(experts[label])),
-                "seconds": float(np.mean(seconds[label])),
-                "mergers": {m: found[label, m].told(experts[label]) for m in mergers},
-            }
-            for label, adapt in adapts.items()
-        ],
+        **found,
     }
     write_json(folder / "study.json", told)
     (folder / "study.svg").write_text(study_figure(told))
     return folder / "study.json"
+
+
+def _varied(study: Study, asked: Asked) -> list[dict[str, Any]]:
+    """Return what every variation of a study gave."""
+    mergers, groups = asked.mergers, study.groups(asked.recipe, asked.ri)
+    found: dict[tuple[str, str], _Found] = {}
+    seconds: dict[str, list[float]] = {}
+    experts: dict[str, list[float]] = {}
+    places: list[Path] = []
+    for seed in range(asked.seeds):
+        for group in groups:
+            place = asked.folder / f"seed-{seed}" / slug(group.name)
+            words = [_asked_with(how, m) + f" | {m}" for how in group.adapts.values() for m in mergers]
+            rows = _rows(asked, group.change(asked.recipe), [*mergers, *words], place, places, seed)
+            top = (read_json(place / "scores.json") or {})["experts"]["mean"]["score"]
+            for label, adapt in group.adapts.items():
+                experts.setdefault(label, []).append(top)
+                by = {m: _adapt_of(_asked_with(adapt, m)) for m in mergers}
+                seconds.setdefault(label, []).append(float(np.mean([_adapting(place, by[m]) for m in mergers])))
+                for merger in mergers:
+                    pair = rows[None, merger], rows[by[merger], merger]
+                    found.setdefault((label, merger), _Found()).pairs.append(pair)
+    return [
+        {
+            "label": label,
+            "adapt": adapt,
+            "experts": float(np.mean(experts[label])),
+            "seconds": float(np.mean(seconds[label])),
+            "mergers": {m: found[label, m].told(experts[label]) for m in mergers},
+        }
+        for group in groups
+        for label, adapt in group.adapts.items()
+    ]
+
+
+def paired(
+    asked: Asked, recipe: Recipe, place: Path, places: list[Path], seed: int
+) -> dict[str, tuple[Scores, Scores]]:
+    """Return what each merger scores without and with the suite's ``ri``, on a recipe changed from the suite's."""
+    how = asked.ri()
+    rows = _rows(asked, recipe, [*asked.mergers, *(f"{how} | {m}" for m in asked.mergers)], place, places, seed)
+    return {m: (rows[None, m].scores, rows[_adapt_of(how), m].scores) for m in asked.mergers}
+
+
+def _rows(
+    asked: Asked, recipe: Recipe, sentences: Sequence[str], place: Path, places: list[Path], seed: int
+) -> dict[tuple[str | None, str], Row]:
+    """Run a recipe in ``place``, with what was scored in the ``places`` before it, which it joins; return chosen rows."""
+    for earlier in places:
+        _share(earlier / "rows", place / "rows")
+    places.append(place)
+    run(_as(recipe, list(dict.fromkeys(sentences)), seed), place, progress=asked.progress)
+    return _chosen(rows_in(place))
 
 
 def _share(first: Path, place: Path) -> None:

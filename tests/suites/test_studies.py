@@ -6,15 +6,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_text_suite import needs_data, needs_minilm, piece
+from test_vision_suite import needs_data as needs_pictures
+from test_vision_suite import piece as pictures
 
 from merganser.errors import DataError, SentenceError
 from merganser.evaluate.run import Outcome, Scores
 from merganser.evaluate.table import Row, rows_in
 from merganser.recipe import InputsPart, ModelPart, Recipe
 from merganser.sentence import parse
-from merganser.suites import studies, text, vision
+from merganser.suites import glyphs, studies, text, vision
+from merganser.suites.measured import baselines, proxy, transfer
+from merganser.suites.pretrain import pretrain
 from merganser.suites.studies import STUDIES, Group, Study, Words, _Found, words_of
 from merganser.suites.suite import shortened
+from merganser.train import Plan
 
 
 def recipe(encoder: str = "text") -> Recipe:
@@ -92,7 +97,7 @@ def test_unknown_studies_and_adapting_mergers_are_told(tmp_path):
 def test_a_small_study_runs_and_is_read_back(tmp_path, monkeypatch):
     monkeypatch.setenv("MERGANSER_CACHE", str(tmp_path / "cache"))
     adapts = {"short": "ri(steps=2, batch=8)", "longer": "ri(steps=3, batch=8)"}
-    groups = [Group("few", adapts, studies._with_inputs(limit=40))]
+    groups = [Group("few", adapts, studies.with_inputs(limit=40))]
     monkeypatch.setitem(
         STUDIES, "trial", Study("How many?", "inputs", lambda _recipe, _ri: groups, ("task_arithmetic",))
     )
@@ -123,3 +128,41 @@ def test_a_small_study_runs_and_is_read_back(tmp_path, monkeypatch):
     again = json.loads(studies.bench(short, data, out, "trial", seeds=2, how=how).read_text())
     assert again == told
     assert {p: p.stat().st_mtime_ns for p in out.rglob("model.safetensors")} == written
+
+
+@needs_pictures
+@pytest.mark.parametrize("name", studies.MEASURED)
+def test_a_small_study_of_its_own_runs_and_is_read_back(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("MERGANSER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(baselines, "STEPS", 2)
+    monkeypatch.setattr(proxy, "LIMIT", 20)
+    few = {"images": 20, "batch": 4, "plan": Plan(2, 1e-3)}
+    short = shortened(
+        vision.CONV, steps=4, scales=[0.5, 1.0], base=lambda: pretrain(tmp_path / "base", "ab", glyphs.SANS, **few)
+    )
+    data, out = pictures(tmp_path / "data"), tmp_path / "out"
+    asked = {"seeds": 1 if name == "proxy" else 2, "ri": "ri(steps=2, batch=4)"}
+    asked["how"] = ["task_arithmetic"] if name == "proxy" else None
+    told = json.loads(studies.bench(short, data, out, name, **asked).read_text())
+    assert all(len(row) == len(told["head"]) for row in told["rows"])
+    assert all(one["low"] <= one["y"] <= one["high"] for one in told["points"])
+    assert "<svg" in (out / "study.svg").read_text()
+    written = {p: p.stat().st_mtime_ns for p in out.rglob("rows/*.json")}
+    assert written
+    assert json.loads(studies.bench(short, data, out, name, **asked).read_text()) == told
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("rows/*.json")} == written
+    if name == "baselines":
+        by_way = {row[0]: row for row in told["rows"]}
+        assert by_way["distac(steps=2, lr=0.0005, batch=4) | task_arithmetic"][-1] == str(2 * 4 * 2)
+        assert by_way["multi-task distillation"][-1] == by_way["tsv, then distil"][-1] == str(2 * 4 * 2)
+    if name == "transfer":
+        assert {one["label"] for one in told["points"]} == {"blood_cells on sign_digits", "sign_digits on blood_cells"}
+        assert sum(int(row[1]) for row in told["rows"]) == 2
+    if name == "proxy":
+        assert {"noise", "all files", "the tasks' own"} <= {one["source"] for one in told["found"]}
+        assert set(told["rho"]) == set(proxy.SCORES)
+
+
+def test_what_a_study_of_its_own_cannot_do_is_told(tmp_path):
+    with pytest.raises(DataError, match="merges pairs by one merger"):
+        transfer.measure(studies.Asked(recipe(), Words(), tmp_path, 1, ["ties", "tsv"], print))
