@@ -52,12 +52,11 @@ class _Ways:
     def all(self) -> dict[str, Callable[[], Scores]]:
         """Return every way by its name; the first is what the others are compared with."""
         first, *more = self.asked.mergers
-        words = [
-            f"distac(steps={self.steps}, lr={self.lr}, batch={self.batch})",
-            self.asked.ri(),
-            both := f"{self.asked.ri()} | {self.asked.ri.coadapt()}",
-        ]
-        sentences = [first, *(f"{how} | {first}" for how in words), *(f"{both} | {merger}" for merger in more)]
+        alone = self.asked.ri()
+        both = f"{alone} | {self.asked.ri.coadapt()}"
+        distac = f"distac(steps={self.steps}, lr={self.lr}, batch={self.batch})"
+        sentences = [first, *(f"{how} | {first}" for how in (distac, alone, both))]
+        sentences += [told for merger in more for told in (merger, f"{alone} | {merger}", f"{both} | {merger}")]
         return {
             **{told: partial(self._sentence, told) for told in sentences},
             "multi-task distillation": lambda: self._distilled("multi-task distillation", lambda: self.ready.base),

@@ -57,10 +57,10 @@ def measure(asked: Asked) -> dict[str, Any]:
     return {
         "head": head, "rows": rows, "correlation": float(np.corrcoef(x, y)[0, 1]) if varies else None,
         "points": [
-            {"label": f"{j} on {i}", "x": before[i, j]["score"], "y": gains[i, j]["score"], "after": after[i, j]["score"],
-             **{part: gains[i, j][part] for part in ("low", "high")}} for i, j in order
+            {"label": f"{j} on {i}", "x": 100 * before[i, j]["score"], "after": 100 * after[i, j]["score"],
+             "y": gains[i, j]["score"], **{part: gains[i, j][part] for part in ("low", "high")}} for i, j in order
         ],
-        "x": "what the other expert does to the task alone, share of its score",
+        "x": "what the other expert alone does to the task, points over the base",
         "y": "gain of ri on that task, both merged, points",
     }  # fmt: skip
 
