@@ -146,12 +146,19 @@ def _counts(recipe: Recipe, ri: Words) -> Sequence[Group]:
 
 
 def _first(n: int) -> Change:
-    def change(recipe: Recipe) -> Recipe:
-        some = list(recipe.tasks)[:n]
-        kept = {part: {k: getattr(recipe, part)[k] for k in some} for part in ("tasks", "experts")}
-        return recipe.model_copy(update=kept)
+    return lambda recipe: only(recipe, list(recipe.tasks)[:n])
 
-    return change
+
+def only(recipe: Recipe, names: Sequence[str]) -> Recipe:
+    """Return a recipe with some of its tasks and their experts."""
+    return recipe.model_copy(
+        update={part: {name: getattr(recipe, part)[name] for name in names} for part in ("tasks", "experts")}
+    )
+
+
+def gain_text(gain: Mapping[str, float]) -> str:
+    """Return a gain in points with its interval."""
+    return f"{100 * gain['score']:+.1f} [{100 * gain['low']:+.1f}, {100 * gain['high']:+.1f}]"
 
 
 # around the best scales of these mergers after adapting, on the text suite

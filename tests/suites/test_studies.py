@@ -158,6 +158,8 @@ def test_a_small_study_of_its_own_runs_and_is_read_back(tmp_path, monkeypatch, n
     if name == "transfer":
         assert {one["label"] for one in told["points"]} == {"blood_cells on sign_digits", "sign_digits on blood_cells"}
         assert sum(int(row[1]) for row in told["rows"]) == 2
+        studies.bench(short, data, out, name, **{**asked, "how": ["ties"]})
+        assert len([*out.rglob("rows/*ties.json")]) == len([*out.rglob("rows/*task-arithmetic.json")]) == 4
     if name == "proxy":
         assert {"noise", "all files", "the tasks' own"} <= {one["source"] for one in told["found"]}
         assert set(told["rho"]) == set(proxy.SCORES)

@@ -33,7 +33,7 @@ from ...steps.student import Split, Student, trainable
 from ...steps.together import Everyone
 from ...sweep import delta_of, merged_at, score_sentence
 from ...train import Checkpoint, Plan
-from ..studies import Asked, kept
+from ..studies import Asked, gain_text, kept
 
 STEPS = 1000  # of AdaMerging, 16 inputs each
 Weights = Mapping[str, Tensor]
@@ -150,9 +150,7 @@ def measure(asked: Asked) -> dict[str, Any]:
         reference = reference or [row.scores for row in rows]
         gain = gained([(a, row.scores) for a, row in zip(reference, rows, strict=True)])
         mean = sum(row.scores.mean for row in rows) / len(rows)
-        told = (
-            "–" if not points else f"{100 * gain['score']:+.1f} [{100 * gain['low']:+.1f}, {100 * gain['high']:+.1f}]"
-        )
+        told = gain_text(gain) if points else "–"
         each = "–" if not points else ", ".join(f"{100 * one:+.1f}" for one in gain["each"])
         lines.append([name, f"{100 * mean:.1f}", told, each, f"{seeds[0].inputs(name):,}"])
         points.append(

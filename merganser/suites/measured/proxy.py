@@ -31,7 +31,7 @@ from ...models.heads import Stacked
 from ...models.inputs import Subset
 from ...prepare import Prepared, prepare
 from ...recipe import Recipe
-from ..studies import Asked, paired, stem, with_inputs
+from ..studies import Asked, gain_text, paired, stem, with_inputs
 
 SCORES = ("own", "others", "spread", "rank", "near", "cover")
 FEW, LIMIT = 1000, 2000
@@ -112,7 +112,7 @@ def table(found: Sequence[dict[str, Any]], mergers: Sequence[str]) -> dict[str, 
     rows = [
         [
             one["source"], *(f"{one[s]:.3g}" for s in SCORES),
-            f"{100 * one['gain']['score']:+.1f} [{100 * one['gain']['low']:+.1f}, {100 * one['gain']['high']:+.1f}]",
+            gain_text(one["gain"]),
             *(f"{100 * one['each'][m]:+.1f}" for m in mergers),
         ]
         for one in found

@@ -17,10 +17,9 @@ from ...adapt import adapt, slug
 from ...errors import DataError
 from ...evaluate.run import Model, Scores, evaluate, gained
 from ...prepare import Prepared, prepare
-from ...recipe import Recipe
 from ...sentence import parse
 from ...sweep import score_sentence
-from ..studies import Asked, kept
+from ..studies import Asked, kept, only
 
 KINDS = ("helps", "neither", "hurts")
 Experts = Mapping[str, Mapping[str, Tensor]]
@@ -109,23 +108,21 @@ class _Seed:
         return self._kept(self.ready, name, score)
 
     def _pair(self, two: tuple[str, str]) -> tuple[Scores, Scores]:
-        mine = prepare(_of(self.recipe, two))
+        mine = prepare(only(self.recipe, two))
 
         def score(how: str) -> Scores:
             some = {n: self.models[how][n] for n in two}
             return score_sentence(mine, parse(self.asked.mergers[0]), some, progress=self.asked.progress)[-1].scores
 
-        without, with_ = (self._kept(mine, f"{how} {'-'.join(two)}", partial(score, how)) for how in self.models)
+        without, with_ = (
+            self._kept(mine, f"{how} {'-'.join(two)} {self.asked.mergers[0]}", partial(score, how))
+            for how in self.models
+        )
         return without, with_
 
     def _kept(self, ready: Prepared, name: str, work: Any) -> Scores:
         key = [ready.scored_on, ready.digests, ready.recipe.scales, self.asked.key(self.recipe.seed), name]
         return kept(self.place, name, key, work).scores
-
-
-def _of(recipe: Recipe, two: tuple[str, str]) -> Recipe:
-    some = {part: {k: getattr(recipe, part)[k] for k in two} for part in ("tasks", "experts")}
-    return recipe.model_copy(update=some)
 
 
 def _only(scores: Scores, task: str) -> Scores:
