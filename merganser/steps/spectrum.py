@@ -165,8 +165,8 @@ def _few(gram: Float[Tensor, "n n"], k: int) -> tuple[Float[Tensor, " p"], Float
 
     An eigendecomposition in float32 costs half of one in float64. From it each leading vector v gets what first-order
     perturbation theory says is missing of every other vector x_i, <x_i, gram v - lambda v> / (lambda - lambda_i); the
-    residual, and the eigenvectors within the corrected span, are float64. That is repeated until the correction is so
-    small that its square, the error left, is far below fp32 rounding.
+    residual, and the eigenvectors within the span, are float64. That is repeated until the correction is so small that
+    its square, the error left, is far below fp32 rounding.
     """
     n = len(gram)
     p = k + max(16, k // 4)  # a margin, so that lambda - lambda_i is not small
@@ -176,12 +176,13 @@ def _few(gram: Float[Tensor, "n n"], k: int) -> tuple[Float[Tensor, " p"], Float
     rest, (squares, v, residual) = x[:, :-p], _within(gram, x[:, -p:].double())
     for _ in range(4):
         missing = (rest.mT @ residual.float()) / (squares - values[:-p, None].double()).float()
-        largest = missing[:, -k:].abs().max()
-        if not largest < UNSAFE:  # also NaN
+        length = missing[:, -k:].norm(dim=0).max()
+        if not length < UNSAFE:  # also NaN
             return None
-        squares, v, residual = _within(gram, v + rest @ missing)
-        if largest < SETTLED:
-            return squares, v
+        v = v + rest @ missing
+        if length < SETTLED:  # lengths and right angles are off by its square too
+            return squares[-k:], v[:, -k:]
+        squares, v, residual = _within(gram, v)
     return None
 
 
@@ -215,11 +216,17 @@ def isotropic(x: Float[Tensor, "m n"], *, like: Tensor) -> Float[Tensor, "*shape
     wide = x.shape[0] < x.shape[1]
     tall = x.mT if wide else x
     s, q = _right(tall)
-    # float32 rounds every direction by 6e-8 of their root mean square, which is to be small beside the least: 2e-6 at most
-    alike = len(s) == len(q) and s.square().mean().sqrt() < ALIKE * s[0]
-    work = torch.promote_types(like.dtype, torch.float32) if alike else torch.float64
-    out = times(tall, _even(s, q), kind=like.dtype, work=work, turned=wide)
+    out = times(tall, _even(s, q), kind=like.dtype, work=_precision(s, len(q), like), turned=wide)
     return (out.mT if wide else out).reshape(like.shape)
+
+
+def _precision(s: Float[Tensor, " r"], n: int, like: Tensor) -> torch.dtype:
+    """Return the dtype in which n columns with these singular values, ascending, are to be made even: fp32 if it can be.
+
+    It rounds every direction by 6e-8 of their root mean square, which is to be small beside the least: 2e-6 at most.
+    """
+    alike = len(s) == n and s.square().mean().sqrt() < ALIKE * s[0]
+    return torch.promote_types(like.dtype, torch.float32) if alike else torch.float64
 
 
 def _even(s: Float[Tensor, " r"], q: Float[Tensor, "n r"]) -> Float[Tensor, "n n"]:
@@ -260,18 +267,20 @@ def decorrelated(
     triplets = [leading(delta, k, kind=kind) for delta in wide if moved(delta)]
     u, s, v = (torch.cat(parts, dim=-1) for parts in zip(*triplets, strict=True))
     del triplets
-    if len(u) < len(v):
-        return times(v, _root(v) * s @ (u @ _root(u)).mT, kind=like.dtype, turned=True).mT.reshape(like.shape)
-    return times(u, _root(u) * s @ (v @ _root(v)).mT, kind=like.dtype).reshape(like.shape)
+    turned = len(u) < len(v)
+    tall, small = (v, u) if turned else (u, v)
+    (even, work), (other, _) = _root(tall, like), _root(small, like)
+    out = times(tall, even * s @ (small @ other).mT, kind=like.dtype, work=work, turned=turned)
+    return (out.mT if turned else out).reshape(like.shape)
 
 
-def _root(x: Float[Tensor, "m n"]) -> Float[Tensor, "n n"]:
-    """Return ``(x^T x)^{-1/2}``, zero where x is null, so that ``polar(x)`` is x times it."""
+def _root(x: Float[Tensor, "m n"], like: Tensor) -> tuple[Float[Tensor, "n n"], torch.dtype]:
+    """Return ``(x^T x)^{-1/2}``, zero where x is null, so that ``polar(x)`` is x times it, and in which `_precision`."""
     if x.shape[0] < x.shape[1]:
         _, q, s = polar_parts(x)
     else:
         s, q = _right(x)
-    return _symmetric(q, 1 / s)
+    return _symmetric(q, 1 / s), _precision(s, x.shape[1], like)
 
 
 def product(*factors: Tensor, like: Tensor) -> Float[Tensor, "*shape"]:

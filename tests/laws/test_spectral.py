@@ -90,6 +90,16 @@ def test_iso_cts_is_exact_where_experts_are_nearly_alike(rows: int, columns: int
     assert (iso_cts(deltas) - expected).norm() <= 1e-6 * expected.norm()
 
 
+@pytest.mark.parametrize("turn", [False, True])
+@pytest.mark.parametrize(("apart", "error"), [(1.0, 1e-6), (1e-1, 1e-5), (1e-2, 1e-5), (1e-3, 1e-4)])
+def test_tsv_is_exact_however_alike_the_experts_are(apart: float, error: float, turn: bool) -> None:
+    """Where they are far apart its last product is fp32; where they are alike that would be felt."""
+    deltas = normal(2, 600, 300) + apart * normal(1, 8, 600, 300)
+    deltas = deltas.mT if turn else deltas
+    expected = by_svd("tsv", deltas)
+    assert (tsv(deltas) - expected).norm() <= error * expected.norm()
+
+
 SPECTRA = {
     "even": torch.linspace(1, 0.5, 300),
     "falling": torch.arange(1, 301) ** -1.0,
