@@ -6,24 +6,19 @@ folder, disk, memory and time. Values (NaN, bytes that rotted) are seen only whe
 
 import os
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .card import read_card
-from .errors import DataError, RecipeError, WeightsError, did_you_mean
-from .examine import How, Ingredients, asked_by, examine, open_ingredients, try_out
+from .examine import How, Ingredients, examine
 from .findings import Findings
 from .forecast import existing, free_disk, nbytes, numbers, writable
-from .sentence import parse
-from .synthetic import is_source, known_source
-from .weights.delta import over
 from .weights.header import WHOLE, Head, Headers, Weights, folder_of, header, matches
 from .weights.open import Source, named, open_headers
 from .weights.quantised import as_stored
 from .weights.save import refuse_overwriting
 from .weights.settle import LOCK, NEW, PARTIAL, busy
-from .weights.stored import Stored, first, weight_files
+from .weights.stored import first, weight_files
 from .weights.tokenizer import read_config, vocab_size
 from .where import Patterns
 
@@ -61,6 +56,8 @@ def check(
     """
     if not experts and not how and isinstance(base, str | Path):
         if Path(base).suffix == ".toml":
+            from .dry_run import check_recipe
+
             return check_recipe(base, into)
         if Path(base).suffix in (".yml", ".yaml"):
             return check_config(base, into)
@@ -89,7 +86,9 @@ def check(
     remote = {who: w for who, w in stored_as.items() if isinstance(w, Headers)}
     for who, weights in remote.items():
         size = sum(nbytes(header(weights, name)) for name in weights)
-        found.note(f"{weights.source} is on the Hub: {size / 1e9:.2f} GB", _who(who), "downloaded unless it is cached")
+        found.note(
+            f"{weights.source} is on the Hub: {size / 1e9:.2f} GB", titled(who), "downloaded unless it is cached"
+        )
     if into is not None:
         check_folder(found, Path(into), found.numbers.get("bytes_written"))
     return found
@@ -99,7 +98,7 @@ def compare(found: Findings, sources: Mapping[str, Weights], own: Sequence[str] 
     """Compare configs and dtypes of the experts (by name) with the base's (``""``), and each config with its weights."""
     configs: dict[str, dict[str, Any]] = {}
     for who, weights in sources.items():
-        with found.gather(_who(who)):
+        with found.gather(titled(who)):
             configs[who] = read_config(folder_of(weights))
         _rows(found, who, weights, vocab_size(configs.get(who, {})))
     base = sources.get("")
@@ -111,12 +110,14 @@ def compare(found: Findings, sources: Mapping[str, Weights], own: Sequence[str] 
             if mine.get(key) != theirs.get(key):
                 text = f"config.json: {key} is {theirs.get(key)!r}, the base's is {mine.get(key)!r}"
                 if key in MEANING:
-                    found.warn(text, _who(who), "the same tensors mean something else there; merge models of one base")
+                    found.warn(
+                        text, titled(who), "the same tensors mean something else there; merge models of one base"
+                    )
                 else:
-                    found.note(text, _who(who), "the result gets the base's config")
+                    found.note(text, titled(who), "the result gets the base's config")
         kinds = {(header(base, n)[0], header(weights, n)[0]) for n in base if n in weights and not matches(n, own)}
         if other := sorted(f"{b} there, {a} in the base" for a, b in kinds if a != b):
-            found.note(f"dtypes differ: {', '.join(other)}", _who(who), "deltas are fp32, the result has the base's")
+            found.note(f"dtypes differ: {', '.join(other)}", titled(who), "deltas are fp32, the result has the base's")
 
 
 def _rows(found: Findings, who: str, weights: Weights, rows: int | None) -> None:
@@ -125,7 +126,7 @@ def _rows(found: Findings, who: str, weights: Weights, rows: int | None) -> None
     if rows is not None and tables and rows not in tables:
         near = min(tables, key=lambda n: abs(n - rows))
         found.warn(
-            f"config.json says vocab_size {rows}, no tensor has as many rows ('{tables[near]}' has {near})", _who(who),
+            f"config.json says vocab_size {rows}, no tensor has as many rows ('{tables[near]}' has {near})", titled(who),
             "its own library may refuse to load it; correct the config or the checkpoint",
         )  # fmt: skip
 
@@ -213,209 +214,6 @@ def check_config(path: str | Path, into: str | Path | None = None) -> Findings:
     return found
 
 
-def check_recipe(path: str | Path, into: str | Path | None = None) -> Findings:
-    """Return all that will go wrong with `run` of a recipe, as far as headers and files tell.
-
-    Whether heads and encoder fit is seen by `run` itself, which loads them before any long work.
-    """
-    from .recipe import read_recipe
-
-    found = Findings(plan={"recipe": str(path), "into": None if into is None else str(into)})
-    with found.gather("recipe"):
-        recipe = read_recipe(path)
-    if not found.ok:
-        return found
-    found.plan |= {"sentences": recipe.sentences, "experts": list(recipe.experts), "scales": recipe.scales}
-    for text in recipe.sentences:
-        with found.gather("sentences"):
-            _sentence(text, recipe)
-    _tasks(found, recipe)
-    _models(found, recipe)
-    if into is not None:
-        check_folder(found, Path(into))
-        found.warnings = [one for one in found.warnings if one.where != "output"]  # a run goes on in its folder
-    if into is not None and found.ok:
-        diagnosed = recipe.limits.diagnose > 0
-        found.plan["stages"] = stages(recipe.sentences, list(recipe.experts), Path(into), diagnosed=diagnosed)
-    return found
-
-
-def stages(
-    sentences: Sequence[str], experts: Sequence[str], folder: Path, *, diagnosed: bool = True
-) -> list[dict[str, Any]]:
-    """Return what a run does, in order, and whether its folder has it already.
-
-    A stage whose inputs have changed since is done again all the same; only `run` itself, which reads them, knows.
-    """
-    from .adapt import how_text, slug
-    from .adapt import stages as adapt_stages
-
-    parsed = [parse(text) for text in sentences]
-    parts = [how_text([*before, *part]) for s in parsed for part, before in adapt_stages(s.adapt)]
-    todo = [
-        (f"adapt {expert} by {how}", Path("adapted") / slug(how) / expert / "card.json")
-        for how in dict.fromkeys(parts)
-        for expert in experts
-    ]
-    todo += [(f"score {s}", Path("rows") / f"{slug(str(s))}.json") for s in parsed]
-    todo += [("score base and experts", Path("rows") / f"{slug('base and experts')}.json")]
-    todo += [("diagnose", Path("diagnosis.json"))] if diagnosed else []
-    todo += [("write the best model", Path("merged") / "card.json")]
-    todo += [("report", Path("report.html"))]
-    return [{"stage": stage, "done": (folder / file).is_file()} for stage, file in todo]
-
-
-def check_adapt(path: str | Path, how: str, into: str | Path) -> Findings:
-    """Return all that will go wrong with `adapt` of a recipe."""
-    from .adapt import adapt_steps
-
-    found = check_recipe(path)
-    with found.gather("--how"):
-        adapt_steps(how)
-    check_folder(found, Path(into))
-    found.warnings = [one for one in found.warnings if one.where != "output"]
-    done = {name: (Path(into) / name / "card.json").is_file() for name in found.plan.get("experts", ())}
-    stage = [{"stage": f"adapt {name} by {how}", "done": ready} for name, ready in done.items()]
-    found.plan |= {"into": str(into), "sentences": [how], "stages": stage}
-    return found
-
-
-def check_suite(
-    name: str,
-    data: str | Path | None,
-    how: Sequence[str] | None,
-    into: str | Path,
-    seeds: int = 1,
-    study: str | None = None,
-    ri: str | None = None,
-    **settings: Any,
-) -> Findings:
-    """Return all that will go wrong with `bench` of a suite, or of a study on it, or with `demo`."""
-    from .errors import MissingExtra
-    from .suites import ON_THE_HUB, open_suite
-
-    found = Findings(plan={"suite": name, "into": str(into)})
-    suite: Any = None
-    with found.gather("suite"):
-        suite = open_suite(name, **settings)
-        for package, extra in {"matplotlib": "report", **getattr(suite, "PACKAGES", {})}.items():
-            with found.gather("packages"):
-                if find_spec(package) is None:
-                    raise MissingExtra(f"suite '{name}' ({package})", extra)
-        if study is not None:
-            from .suites import studies
-
-            studies.words_of(studies.suite_of(name, suite), ri)
-            studies.open_study(study)
-    experts: list[str] = []
-    written: Sequence[str] = suite.SENTENCES if suite is not None else []
-    if settings.get("models") is not None and hasattr(suite, "checkpoints"):  # without folders it would ask the Hub
-        with found.gather("--models"):
-            suite.checkpoints()
-    if data is not None and suite is not None and name in ON_THE_HUB:
-        from .suites.hub import located
-
-        with found.gather("--data"):
-            data = located(ON_THE_HUB[name], Path(data))
-    if data is not None and suite is not None and not hasattr(suite, "SUITE"):
-        with found.gather("--data"):
-            raise DataError(f"suite '{name}' makes its own data: leave out --data")
-    elif data is not None and suite is not None:
-        with found.gather("--data"):
-            written = suite.SUITE.of(data).sentences
-            experts = list(suite.SUITE.tasks(data))
-        with found.gather("--data"):
-            if not how or any("|" in text and parse(text).adapt for text in how):
-                suite.SUITE.files(data)
-    elif suite is not None:
-        experts = list(getattr(suite, "NAMES", ()))
-    sentences = list(how or written)
-    for text in sentences:
-        with found.gather("--how"):
-            try_out(parse(text).merging, experts or ["a", "b"])
-    check_folder(found, Path(into))
-    found.warnings = [one for one in found.warnings if one.where != "output"]
-    places = [Path(into)] if seeds == 1 else [Path(into) / f"seed-{seed}" for seed in range(seeds)]
-    found.plan |= {"sentences": sentences, "experts": experts}
-    if found.ok:
-        found.plan["stages"] = [
-            {**one, "stage": one["stage"] if seeds == 1 else f"{place.name}: {one['stage']}"}
-            for place in places
-            for one in stages(sentences, experts, place)
-        ]
-    return found
-
-
-def _sentence(text: str, recipe: Any) -> None:
-    from .adapt import adapt_steps, how_text
-
-    sentence = parse(text)
-    if sentence.adapt:
-        adapt_steps(how_text(sentence.adapt))
-        if recipe.inputs is None:
-            raise RecipeError(
-                f"'{sentence}' adapts on unlabeled inputs, but the recipe has none; add [inputs] files = [...]"
-            )
-    try_out(sentence.merging, list(recipe.experts))
-    open_ingredients(asked_by(sentence, recipe.ingredients), sentence.merging, list(recipe.experts))
-
-
-def _tasks(found: Findings, recipe: Any) -> None:
-    from .evaluate.task import read_task
-    from .models.device import device
-    from .prepare import check_statistics, open_domains
-
-    for name in recipe.experts:
-        with found.gather(f"task '{name}'"):
-            if name not in recipe.tasks:
-                raise RecipeError(
-                    f"expert '{name}' has no task of that name{did_you_mean(name, recipe.tasks)}; name it under [tasks]"
-                )
-            task = read_task(recipe.tasks[name])
-            for split in ("test", *(["val"] if recipe.scales else [])):
-                if split not in task.splits:
-                    raise DataError(
-                        f"task '{name}' has no {split} split; add {recipe.tasks[name] / split}.jsonl.gz or .npz"
-                    )
-    with found.gather("domains"):
-        open_domains(recipe)
-    with found.gather("device"):
-        device()
-    with found.gather("model.statistics"):
-        check_statistics(recipe)
-    for file in recipe.inputs.files if recipe.inputs else ():
-        if is_source(file):
-            with found.gather("inputs"):
-                known_source(file)
-        elif not file.exists():
-            found.error(f"{file}: no such file of unlabeled inputs", "inputs", "correct [inputs] files", DataError)
-
-
-def _models(found: Findings, recipe: Any) -> None:
-    """Open base and experts and compare the tensors that all have; heads and the like are the encoder's affair."""
-    sources: dict[str, Weights] = {}
-    for who, path in {"": recipe.model.base, **recipe.experts}.items():
-        with found.gather(_who(who)):
-            opened = open_headers(path)
-            sources[who] = over(sources[""], opened) if who and "" in sources else opened
-    compare(found, sources, recipe.own)
-    if "" not in sources or len(sources) < 2:
-        return
-    base, experts = sources[""], {who: weights for who, weights in sources.items() if who}
-    size = 0
-    for who, weights in sources.items():
-        size += weights.nbytes if isinstance(weights, Stored) else sum(nbytes(header(weights, n)) for n in weights)
-        shared = [n for n in base if n in weights and not matches(n, recipe.own)]
-        if who and not shared:
-            found.error("has no tensor of the base's names", _who(who), "give a model fine-tuned from this base")
-        for name in shared if who else ():
-            if header(weights, name)[1] != header(base, name)[1]:
-                found.error(
-                    f"'{name}' is {list(header(weights, name)[1])} instead of {list(header(base, name)[1])}", _who(who),
-                    f'leave it out with own = ["{name}"], or give a model of the same base', WeightsError,
-                )  # fmt: skip
-    found.numbers |= {"experts": len(experts), "tensors": len(base), "bytes_read": size}
-
-
-def _who(name: str) -> str:
+def titled(name: str) -> str:
+    """Return where a finding of this expert is ("": of the base)."""
     return f"expert '{name}'" if name else "base"

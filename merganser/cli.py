@@ -120,7 +120,7 @@ def warnings_as_lines() -> Iterator[None]:
 def run(recipe: Recipe, to: To = Path("run"), dry_run: DryRun = False, as_json: Json = False) -> None:
     """Adapt, merge, evaluate, diagnose and report as a recipe says; a second run does only what is missing."""
     if dry_run:
-        from .check import check_recipe
+        from .dry_run import check_recipe
 
         return tell(check_recipe(recipe, to), as_json)
     from .progress import bars
@@ -140,7 +140,7 @@ def adapt(
 ) -> None:
     """Adapt a recipe's experts on its unlabeled inputs, one folder an expert; resumes where it was stopped."""
     if dry_run:
-        from .check import check_adapt
+        from .dry_run import check_adapt
 
         return tell(check_adapt(recipe, how, to), as_json)
     from .adapt import adapt
@@ -274,9 +274,14 @@ def tell(found: Any, as_json: bool) -> None:
 @guarded
 def join(
     folder: Annotated[Path, typer.Argument(help="The folder that `merge --part` wrote its parts into.")],
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Make one model of the parts that `merge --part K/N` wrote."""
+    if dry_run:
+        from .dry_run import check_join
+
+        return tell(check_join(folder), as_json)
     from .progress import bars
     from .weights.parts import join
 
@@ -403,11 +408,16 @@ def learn(
         str, typer.Option(help="Coefficients are learned on the tasks' own inputs (tasks) or the recipe's (inputs).")
     ] = "tasks",
     steps: Annotated[int, typer.Option(min=1, help="Coefficients: how many steps.")] = 1000,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Learn an ingredient (Fisher information, Gram matrices, layers' inputs, AdaMerging's coefficients) for a recipe's
     experts; no label is used.
     """
+    if dry_run:
+        from .dry_run import check_learn
+
+        return tell(check_learn(recipe, what, to, on), as_json)
     from .learn.ingredient import learn_ingredient
     from .progress import bars
     from .recipe import read_recipe
@@ -422,9 +432,14 @@ def learn(
 def evaluate(
     recipe: Recipe,
     models: Annotated[list[Path], typer.Argument(help="Models to score on the recipe's tasks.")],
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Score models on a recipe's tasks, each task with its own head."""
+    if dry_run:
+        from .dry_run import check_models
+
+        return tell(check_models(recipe, models, "score"), as_json)
     from .evaluate.run import Model, evaluate
     from .evaluate.table import summary
     from .prepare import prepare
@@ -450,9 +465,14 @@ def evaluate(
 def diagnose(
     recipe: Recipe,
     models: Annotated[list[Path], typer.Argument(help="Merged models to diagnose.")],
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Measure cross-task interference of merged models and the drift of each expert under every other head."""
+    if dry_run:
+        from .dry_run import check_models
+
+        return tell(check_models(recipe, models, "diagnose"), as_json)
     from .diagnose.interference import diagnose
     from .models.inputs import Subset, torch
     from .prepare import prepare
@@ -485,9 +505,14 @@ def sources(
         list[Path] | None, typer.Argument(help="More files, or what needs none (dead-leaves:1000).")
     ] = None,
     few: Annotated[int, typer.Option(min=1, help="How many inputs of each to look at.")] = 1000,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Rank unlabeled inputs by how well they cover the heads' classes: seconds, no label, no training."""
+    if dry_run:
+        from .dry_run import check_sources
+
+        return tell(check_sources(recipe, files or []), as_json)
     from .diagnose.sources import sources_of
     from .progress import bars
     from .recipe import read_recipe
@@ -526,7 +551,7 @@ def report(
 def demo(to: To = Path("merganser-demo"), seed: Seed = 0, dry_run: DryRun = False, as_json: Json = False) -> None:
     """Train, adapt, merge and report on real small data, offline, in a few minutes: start here."""
     if dry_run:
-        from .check import check_suite
+        from .dry_run import check_suite
 
         return tell(check_suite("demo", None, None, to), as_json)
     from .progress import bars
@@ -596,7 +621,7 @@ def bench(
     if data is None and name in ("domains", "domainnet"):
         raise DataError(f"suite '{name}' needs --data FOLDER")
     if dry_run:
-        from .check import check_suite
+        from .dry_run import check_suite
 
         return tell(check_suite(name, data, how, to, seeds, study=study, ri=ri, **settings), as_json)
     if name in ON_THE_HUB:

@@ -38,12 +38,7 @@ def learn_ingredient(
     from .entering import entering
     from .measure import fisher, gram
 
-    if what not in WHAT:
-        raise DataError(f"unknown ingredient '{what}'{did_you_mean(what, WHAT)}; known: {', '.join(WHAT)}")
-    if on not in ON:
-        raise DataError(f"unknown inputs '{on}'{did_you_mean(on, ON)}; known: {', '.join(ON)}")
-    if on == "inputs" and recipe.inputs is None:
-        raise DataError("the recipe has no unlabeled inputs; add [inputs] files = [...], or learn on the tasks' own")
+    check_what(recipe, what, on)
     # its sentences may need what is learned here
     ready = prepare(recipe.model_copy(update={"sentences": ["average"], "where": {}}), progress=progress)
     few = {name: _first(ready.val.get(name) or ready.test[name], rows) for name in ready.experts}
@@ -69,6 +64,16 @@ def learn_ingredient(
         folders[name] = to / name
         save(measured, folders[name], {"kind": what, "expert": name, "rows": len(few[name]), "seed": recipe.seed})
     return folders
+
+
+def check_what(recipe: Any, what: str, on: str = "tasks") -> None:
+    """Raise DataError for an unknown ingredient or inputs, or where the recipe has no unlabeled ones."""
+    if what not in WHAT:
+        raise DataError(f"unknown ingredient '{what}'{did_you_mean(what, WHAT)}; known: {', '.join(WHAT)}")
+    if on not in ON:
+        raise DataError(f"unknown inputs '{on}'{did_you_mean(on, ON)}; known: {', '.join(ON)}")
+    if on == "inputs" and recipe.inputs is None:
+        raise DataError("the recipe has no unlabeled inputs; add [inputs] files = [...], or learn on the tasks' own")
 
 
 def _first(task: Any, rows: int) -> Subset:

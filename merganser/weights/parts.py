@@ -105,6 +105,15 @@ def join(folder: str | Path, *, progress: Progress = silent) -> Stored:
 
     Raises WeightsError if parts are missing, or belong to different jobs.
     """
+    cards = parts_in(folder)
+    return _joined(Path(folder), [Stored(path) for path in cards], list(cards.values()), progress)
+
+
+def parts_in(folder: str | Path) -> dict[Path, dict[str, Any]]:
+    """Return the parts of one job that lie in ``folder``, in order, with their cards.
+
+    Raises WeightsError if parts are missing or not finished, or belong to different jobs.
+    """
     root = Path(folder)
     cards = {path.name: (path, read_card(path)) for path in sorted(root.glob("part-*-of-*")) if path.is_dir()}
     if not cards:
@@ -121,8 +130,7 @@ def join(folder: str | Path, *, progress: Progress = silent) -> Stored:
     count = next(iter(told.values()))["part"][1]
     if missing := [name_of((k + 1, count)) for k in range(count) if name_of((k + 1, count)) not in told]:
         raise WeightsError(f"{root}: {len(missing)} of {count} parts are missing, first {missing[0]}")
-    stored = [Stored(path) for path, _ in cards.values()]
-    return _joined(root, stored, [told[name] for name in sorted(told)], progress)
+    return {cards[name][0]: told[name] for name in sorted(told)}
 
 
 def _joined(root: Path, parts: Sequence[Stored], cards: Sequence[dict[str, Any]], progress: Progress) -> Stored:

@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 import torch
-from conftest import write_model
 from safetensors.torch import load_file, save_file
+from tiny_llama import write_model
 
 import merganser as library
+from merganser.errors import WeightsError
 
 
 def files_in(folder):
@@ -116,7 +117,7 @@ def test_a_folder_that_another_process_writes_is_told(models, tmp_path):
 
 
 def test_merge_raises_all_that_is_wrong_together(models, tmp_path):
-    with pytest.raises(library.check.__globals__["WeightsError"], match="no such file") as told:
+    with pytest.raises(WeightsError, match="no such file") as told:
         library.merge(models["base"], [tmp_path / "nowhere"], "ties(density=7)", dtype="bflot16", into=tmp_path / "out")
     text = str(told.value)
     assert "3 things are wrong" in text

@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 import transformers
-from conftest import write_model
 from safetensors.torch import load_file, save_file
+from tiny_llama import write_model
 
 from merganser import open_weights
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import merganser
-from merganser.check import check_suite
+from merganser.dry_run import check_suite
 from merganser.errors import DataError
 from merganser.suites import gpt, lm, lora_lm, open_suite
 from merganser.suites.finetune import Lora
