@@ -179,8 +179,12 @@ def check_suite(
         if study is not None:
             from .suites import studies
 
-            studies.words_of(studies.suite_of(name, suite), ri)
-            studies.open_study(study)
+            asked = studies.open_study(study)
+            found.plan |= {
+                "study": f"{study}: {asked.question}",
+                "ri": studies.words_of(studies.suite_of(name, suite), ri)(),
+            }
+            how = studies.mergers_of(asked, how)
     experts: list[str] = []
     written: Sequence[str] = suite.SENTENCES if suite is not None else []
     if settings.get("models") is not None and hasattr(suite, "checkpoints"):  # without folders it would ask the Hub
@@ -210,7 +214,7 @@ def check_suite(
     _goes_on(found, into)
     places = [Path(into)] if seeds == 1 else [Path(into) / f"seed-{seed}" for seed in range(seeds)]
     found.plan |= {"sentences": sentences, "experts": experts}
-    if found.ok:
+    if found.ok and study is None:  # what a study asks for is known with its experts
         found.plan["stages"] = [
             {**one, "stage": one["stage"] if seeds == 1 else f"{place.name}: {one['stage']}"}
             for place in places

@@ -279,7 +279,7 @@ def show_findings(found: Any) -> None:
 
 
 def _planned(plan: Mapping[str, Any]) -> dict[str, str]:
-    told = {key: str(plan[key]) for key in ("recipe", "config", "suite", "sentence") if plan.get(key)}
+    told = {key: str(plan[key]) for key in ("recipe", "config", "suite", "study", "ri", "sentence") if plan.get(key)}
     if plan.get("steps"):
         cut = {True: "", False: " (whole tensors)"}
         told["steps"] = ", ".join(f"{s['kind']} {s['step']}{cut[s['elementwise']]}" for s in plan["steps"])

@@ -303,6 +303,14 @@ def suite_of(name: str, opened: Any) -> Suite:
     return opened.SUITE
 
 
+def mergers_of(asked: Study | Measured, how: Sequence[str] | None = None) -> list[str]:
+    """Return the merging sentences of a study, or ``how`` instead, without scales. Raises DataError where one adapts."""
+    mergers = [str(split_scale(parse(text)).sentence) for text in how or asked.mergers]
+    if adapting := [text for text in mergers if parse(text).adapt]:
+        raise DataError(f"--how '{adapting[0]}': a study adapts by itself; give what comes after, such as ties")
+    return mergers
+
+
 def bench(
     suite: Suite,
     data: str | Path,
@@ -322,9 +330,7 @@ def bench(
     from ..report.figure import study_figure
 
     asked, words = open_study(name), words_of(suite, ri)
-    mergers = [str(split_scale(parse(text)).sentence) for text in how or asked.mergers]
-    if adapting := [text for text in mergers if parse(text).adapt]:
-        raise DataError(f"--how '{adapting[0]}': a study adapts by itself; give what comes after, such as ties")
+    mergers = mergers_of(asked, how)
     folder = Path(to)
     recipe = recipe_for(suite, data, mergers, progress=progress)
     of = Asked(recipe, words, folder, seeds, mergers, progress)

@@ -86,3 +86,13 @@ def test_join_says_which_parts_there_are_and_which_are_missing(user, tmp_path):
         merganser.open_weights(tmp_path / "out")["out.weight"],
         merganser.merge(base, experts, "average")["out.weight"],
     )
+
+
+def test_a_study_is_told_with_its_own_mergers_and_ri(tmp_path):
+    told = plan("bench", "text", "--study", "proxy", "--ri", "ri(steps=7)", "--to", tmp_path / "out")["plan"]
+    assert told["study"].startswith("proxy: ")
+    assert "steps=7" in told["ri"]
+    assert told["sentences"] == ["task_arithmetic", "ties", "tsv", "iso_c"]
+    told = plan("bench", "text", "--study", "proxy", "--how", "ri | ties", "--to", tmp_path / "out")
+    assert "a study adapts by itself" in told["errors"][0]["what"]
+    assert not (tmp_path / "out").exists()
