@@ -1,7 +1,7 @@
 """From a recipe to things that run: encoder, weights, heads, tasks and inputs, all checked before any long work."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,18 @@ class Prepared:
         classes = {name: task.classes for name, task in self.tasks.items()}
         rows = {name: len(head.weight) for name, head in self.heads.items() if isinstance(head, Head)}
         return Union(self.heads, classes) if rows == {name: len(c) for name, c in classes.items()} else None
+
+    def only(self, names: Sequence[str]) -> "Prepared":
+        """Return the same with the experts and tasks of these names alone; nothing is opened again."""
+        parents = {domain: task for domain, task in self.parents.items() if task in names}
+        parts = {
+            part: {n: getattr(self, part)[n] for n in names if n in getattr(self, part)}
+            for part in ("experts", "tasks", "heads", "val", "test")
+        }
+        changed: dict[str, Any] = {**parts, "domains": {d: self.domains[d] for d in parents}, "parents": parents}
+        some = replace(self, recipe=self.recipe.only(names), **changed)
+        some.__dict__["digests"] = {name: self.digests[name] for name in ("base", *names)}
+        return some
 
     def scored(self, weights: Mapping[str, Tensor], only: str | None = None) -> tuple[Scores, Scores | None]:
         """Return the scores of weights on the test splits and in other domains; of ``only`` one task, if it is named."""

@@ -30,7 +30,7 @@ fisher = "fisher"
 
 import json
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -114,6 +114,11 @@ class Recipe(_Part):
     where: dict[str, dict[str, dict[str, Any]]] = {}
     ingredients: dict[str, Path] = {}
     limits: LimitPart = LimitPart()
+
+    def only(self, names: Sequence[str]) -> "Recipe":
+        """Return the same with the experts and tasks of these names alone."""
+        some = {part: {name: getattr(self, part)[name] for name in names} for part in ("tasks", "experts")}
+        return self.model_copy(update=some)
 
 
 def read_recipe(path: str | Path) -> Recipe:

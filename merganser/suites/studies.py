@@ -146,14 +146,7 @@ def _counts(recipe: Recipe, ri: Words) -> Sequence[Group]:
 
 
 def _first(n: int) -> Change:
-    return lambda recipe: only(recipe, list(recipe.tasks)[:n])
-
-
-def only(recipe: Recipe, names: Sequence[str]) -> Recipe:
-    """Return a recipe with some of its tasks and their experts."""
-    return recipe.model_copy(
-        update={part: {name: getattr(recipe, part)[name] for name in names} for part in ("tasks", "experts")}
-    )
+    return lambda recipe: recipe.only(list(recipe.tasks)[:n])
 
 
 def gain_text(gain: Mapping[str, float]) -> str:

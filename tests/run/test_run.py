@@ -392,3 +392,12 @@ def test_other_domains_are_scored_with_the_head_of_their_task(user, tmp_path):
     wrong = call("run", recipe, "--to", tmp_path / "out")
     assert wrong.exit_code == 1
     assert "shift of 'dots'" in wrong.output.replace("\n", " ")
+
+
+def test_some_tasks_of_what_is_prepared_are_what_preparing_them_alone_gives(user):
+    recipe = read_recipe(user / "recipe.toml")
+    two = ["spots", "stripes"]
+    some, alone = prepare(recipe).only(two), prepare(recipe.only(two))
+    for part in ("experts", "tasks", "heads", "val", "test"):
+        assert list(getattr(some, part)) == two
+    assert (some.recipe, some.digests, some.scored_on) == (alone.recipe, alone.digests, alone.scored_on)

@@ -19,7 +19,7 @@ from ...evaluate.run import Model, Scores, evaluate, gained
 from ...prepare import Prepared, prepare
 from ...sentence import parse
 from ...sweep import score_sentence
-from ..studies import Asked, kept, only
+from ..studies import Asked, kept
 
 KINDS = ("helps", "neither", "hurts")
 Experts = Mapping[str, Mapping[str, Tensor]]
@@ -108,7 +108,7 @@ class _Seed:
         return self._kept(self.ready, name, score)
 
     def _pair(self, two: tuple[str, str]) -> tuple[Scores, Scores]:
-        mine = prepare(only(self.recipe, two))
+        mine = self.ready.only(two)
 
         def score(how: str) -> Scores:
             some = {n: self.models[how][n] for n in two}
