@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .errors import SentenceError, did_you_mean
+from .errors import SentenceError, did_you_mean, unknown_step
 from .sentence import ENTRY_POINTS, FILE, GIVEN, known_steps
 
 ROOT = Path(__file__).parent
@@ -70,8 +70,7 @@ def step(name: str) -> StepInfo:
         return step_in_file(ROOT / "steps" / known[name] / f"{name}.py", name, known[name])
     if name in others and (told := _announced(name, others[name])) is not None:
         return told
-    every = sorted([*known, *others])
-    raise SentenceError(f"unknown step '{name}'{did_you_mean(name, every)}; known: {', '.join(every)}")
+    raise unknown_step(name, [*known, *others])
 
 
 def is_step(name: str) -> bool:

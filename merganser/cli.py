@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from .errors import DataError, MerganserError, RecipeError
+from .errors import DataError, MerganserError, RecipeError, WeightsError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -198,6 +198,7 @@ def merge(
     if base.endswith((".yml", ".yaml")):
         from .mergekit import merge_config
 
+        says_all(base, experts, how, own, where, ingredient, vocabulary, dtype, delta, as_adapter, rank, part)
         merge_config(base, into=to, seed=seed, progress=bars, say=lambda line: typer.echo(f"note: {line}", err=True))
         return say({"merged": str(to), "config": base}, as_json, f"merged {base} into {to}")
     if not experts or not how:
@@ -246,16 +247,34 @@ def checked(
 ) -> Any:  # fmt: skip
     """Check what `merge` would be given."""
     from .check import check
+    from .findings import Findings
     from .where import read_where
 
-    alone = base.endswith((".toml", ".yml", ".yaml"))
-    if alone == bool(experts or how) or bool(experts) != bool(how):
+    if base.endswith((".toml", ".yml", ".yaml")):
+        says_all(base, experts, how, own, where, ingredient, vocabulary, dtype, stored != "model", False, rank, part)
+    elif not experts or not how:
         raise typer.BadParameter("give BASE, one or more EXPERT and --how SENTENCE; or a recipe or mergekit YAML alone")
-    return check(
+    unread = Findings()
+    patterns: dict[str, dict[str, dict[str, Any]]] = {}
+    for line in where or ():
+        with unread.gather("--where"):
+            read_where([line], patterns)
+    found = check(
         read_base(base), experts or (), how, into=to, own=own or (), seed=seed,
-        ingredients=pairs(ingredient, "--ingredient"), part=read_part(part), where=read_where(where or ()),
+        ingredients=pairs(ingredient, "--ingredient"), part=read_part(part), where=patterns,
         vocabulary=vocabulary, dtype=dtype, stored=stored, rank=rank,
     )  # fmt: skip
+    found.add(unread)
+    return found
+
+
+def says_all(file: str, *others: Any) -> None:
+    """Refuse whatever else is told beside a file that says all itself: it would not be heard."""
+    if any(others):
+        raise typer.BadParameter(
+            f"{file} says all itself, so BASE stands alone: no EXPERT, --how, --own, --where, --ingredient, --vocabulary, "
+            "--dtype, --delta, --as-adapter, --rank or --part"
+        )
 
 
 def tell(found: Any, as_json: bool) -> None:
@@ -376,6 +395,8 @@ def show_one(context: typer.Context, as_json: Json = False) -> None:
     if len(context.args) != 1:
         raise typer.BadParameter("give one thing to show: a step, a folder or a .safetensors file")
     what = context.args[0]
+    if os.sep in what and ":" not in what and not Path(what).exists():
+        raise WeightsError(f"{what}: no such file or folder")
     if catalog.is_step(what) or not Path(what).exists():
         step = catalog.step(what)
         if as_json:

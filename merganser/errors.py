@@ -54,3 +54,20 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the closest known word, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+# what mergekit and PEFT call by one word
+ELSEWHERE = {
+    "linear": "average (or task_arithmetic)", "cat": "task_arithmetic", "svd": "task_arithmetic with --as-adapter",
+    "dare_ties": "dare | ties", "dare_linear": "dare | task_arithmetic", "della_linear": "della | task_arithmetic",
+    "breadcrumbs_ties": "breadcrumbs | ties", "ties_svd": "ties with --as-adapter",
+    "magnitude_prune": "trim | task_arithmetic",
+}  # fmt: skip
+
+
+def unknown_step(name: str, known: Iterable[str]) -> SentenceError:
+    """Return the error for a step that there is not, with what it is here where others have a word of its own for it."""
+    every = sorted(known)
+    here = ELSEWHERE.get(name.replace("-", "_"))
+    hint = f" (here: {here})" if here else did_you_mean(name, every)
+    return SentenceError(f"unknown step '{name}'{hint}; known: {', '.join(every)}")

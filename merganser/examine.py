@@ -20,7 +20,7 @@ from .loop import Ingredient, Job, is_float, merge_each, survey
 from .sentence import Sentence, Step, find, parse, step_of, words_of
 from .weights.adapter import Adapter, Bare
 from .weights.delta import is_delta
-from .weights.header import Headers, folder_of, matches, quantised
+from .weights.header import Headers, folder_of, matches, quantised, shape_of
 from .weights.hub import name_of as hub_name
 from .weights.match import Matched, match
 from .weights.open import Source, Weights, named, open_weights
@@ -80,10 +80,12 @@ def examine(
     if base is None:
         with found.gather("base"):
             sources = {"": _no_base(sources, stored), **sources}
+    elif "" in sources and is_delta(sources[""]):
+        found.error(f"{base} is a stored delta, not a model", "base", "give the base that the delta is added to")
     if not wanted:
         found.error("there are no experts to merge", "experts", "give at least one", SentenceError)
     sentence = _sentence(found, how, tuple(wanted))
-    with found.gather("--dtype"):
+    with found.gather("output"):
         target = check_output(dtype, stored, rank)
     if base is not None and "" in sources:
         origin = sources.pop("")
@@ -97,6 +99,7 @@ def examine(
             if stored == "adapter":
                 raise SentenceError("an adapter is written in one part; leave part=(k, n) out")
     _adapters(found, base, sources)
+    _own(found, own, sources)
     for source in sources.values() if into is not None else ():
         with found.gather("output"):
             refuse_overwriting(into or "", source)
@@ -116,6 +119,7 @@ def examine(
     extra: dict[str, Ingredient] = {}
     with found.gather("ingredients"):
         extra = open_ingredients(ingredients, sentence, tuple(wanted))
+        _same_names(extra, names)
     if names:
         _try_where(found, sentence, varied, names, tuple(wanted))
     if not found.ok or matched is None:
@@ -126,6 +130,32 @@ def examine(
             return Examined(found, sources, sentence, Ready(job, matched, target, Plan(job, rank)))
         return Examined(found, sources, sentence, None)
     return Examined(found, sources, sentence, Ready(job, matched, target))
+
+
+def _own(found: Findings, own: Sequence[str], sources: Mapping[str, Weights]) -> None:
+    """Take down the patterns of tensors to be left alone that no model has."""
+    names = sorted({name for weights in sources.values() for name in weights})
+    for pattern in own if names else ():
+        if not any(matches(name, [pattern]) for name in names):
+            found.error(
+                f"'{pattern}': no tensor has such a name{did_you_mean(pattern, names)}", "own", kind=SentenceError
+            )
+
+
+def _same_names(extra: Mapping[str, Ingredient], names: Sequence[str]) -> None:
+    """Raise SentenceError where extra tensors are none of the merged ones', or differ in shape between experts."""
+    for word, ingredient in extra.items():
+        sets = [ingredient.shared] if ingredient.shared is not None else list(ingredient.each.values())
+        known = [name for name in names if all(name in one for one in sets)]
+        if names and not known:
+            raise SentenceError(f"ingredient '{word}' has none of the merged tensors' names; it is of other models")
+        for name in known:
+            shapes = {tuple(shape_of(one, name)) for one in sets}
+            if len(shapes) > 1:
+                told = " and ".join(str(list(shape)) for shape in sorted(shapes)[:2])
+                raise SentenceError(
+                    f"ingredient '{word}': '{name}' is {told} for different experts; learn it for all anew"
+                )
 
 
 def _no_base(sources: Mapping[str, Weights], stored: str) -> Weights:

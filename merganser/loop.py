@@ -664,9 +664,16 @@ def _parts(weights: Mapping[str, Tensor], name: str, step: int) -> Iterator[tupl
 def _check_finite(job: Job, name: str, deltas: Tensor) -> None:
     if torch.isfinite(deltas).all():
         return
-    who = next((e for e, w in job.experts.items() if not torch.isfinite(w[name].float()).all()), "the base")
-    where = who if who == "the base" else f"expert '{who}'"
-    raise _not_finite(where, name)
+    if not _all_finite(job.base[name]):
+        raise _not_finite("the base", name)
+    for who, weights in job.experts.items():
+        if not _all_finite(weights[name]):
+            raise _not_finite(f"expert '{who}'", name)
+    raise WeightsError(f"tensor '{name}': what an expert adds to the base there is too large for fp32")
+
+
+def _all_finite(values: Tensor) -> bool:
+    return bool(torch.isfinite(values).all())
 
 
 def _not_finite(where: str, name: str) -> WeightsError:

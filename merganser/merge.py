@@ -31,6 +31,7 @@ from .weights.renamed import Renamed
 from .weights.save import carry, short, write_readme
 from .weights.sink import DTYPES, Sink, spec_of
 from .weights.stored import Stored
+from .weights.tokenizer import write_dtype
 from .where import Patterns
 
 TORCH = {name: dtype for dtype, name in DTYPES.items()}
@@ -225,6 +226,8 @@ def finish(
         carry(origin, folder)
         if "dequantised" in card:
             write_plain(folder, card["dequantised"]["dtype"])
+        if "dtype" in card:
+            write_dtype(folder, card["dtype"])
         card = {"base": name_of(origin) or str(origin), **card}
     if carried is not None:
         carried(folder)

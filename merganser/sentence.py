@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from . import late
-from .errors import SentenceError, did_you_mean
+from .errors import SentenceError, did_you_mean, unknown_step
 
 KINDS = ("adapt", "edit", "align", "combine")
 GIVEN = {"rng", "survey", "name", "base", "numel", "experts", "kept"}
@@ -59,6 +59,11 @@ class Step:
                 for name in [*value, *experts]:
                     if name not in experts or name not in value:
                         what = "there is no such expert" if name not in experts else "it has no value"
+                        if name == "gradient":
+                            raise SentenceError(
+                                f"{self}: {knob}: a gradient over layers is told for a pattern of tensors, one for all "
+                                f"experts: where = {{'*': {{'{self.name}': {{'{knob}': {{'gradient': [0.2, 0.8]}}}}}}}}"
+                            )
                         raise SentenceError(
                             f"{self}: {knob}: '{name}': {what}; give one value for each of {[*experts]}"
                         )
@@ -176,9 +181,7 @@ def find(name: str) -> tuple[str, Callable[..., Any]]:
         late.now()
         function = others[name].load()
         return kind_of(function), function
-    raise SentenceError(
-        f"unknown step '{name}'{did_you_mean(name, [*known, *others])}; known: {', '.join(sorted([*known, *others]))}"
-    )
+    raise unknown_step(name, [*known, *others])
 
 
 def _from_file(path: Path, name: str) -> tuple[str, Callable[..., Any]]:

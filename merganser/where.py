@@ -90,15 +90,18 @@ def fitting(pattern: str, names: Sequence[str]) -> list[str]:
     return fits
 
 
-def read_where(lines: Iterable[str]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Read ``"PATTERN: step(knob=value) | step(...)"`` lines, the command line's form of the patterns."""
-    patterns: dict[str, dict[str, dict[str, Any]]] = {}
+def read_where(
+    lines: Iterable[str], patterns: dict[str, dict[str, dict[str, Any]]] | None = None
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Read ``"PATTERN: step(knob=value) | step(...)"`` lines, the command line's form of the patterns, into ``patterns``."""
+    patterns = {} if patterns is None else patterns
     for line in lines:
         pattern, colon, words = line.partition(":")
         if not colon:
             raise SentenceError(f"where '{line}': write PATTERN: step(knob=value), such as \"*.mlp.*: scale(by=0.5)\"")
+        told = parse_words(words)
         steps = patterns.setdefault(pattern.strip(), {})
-        for step in parse_words(words):
+        for step in told:
             steps.setdefault(step.name, {}).update(step.knobs)
     return patterns
 

@@ -9,7 +9,7 @@ from ..progress import Progress, silent
 from ..weights.header import folder_of
 from ..weights.open import open_weights
 from ..weights.save import refuse_overwriting
-from ..weights.tokenizer import edit_json, read_config
+from ..weights.tokenizer import edit_json, read_config, write_dtype
 from .jobs import Plan, plan
 from .layers import restack, stacks
 
@@ -88,14 +88,10 @@ def configure(made: Plan, folder: Path) -> None:
     def change(told: dict[str, Any]) -> None:
         if layers:
             restack(told, layers, next(iter(stacks(donor).values())))
-        if made.dtype:
-            for part in (told, *(value for value in told.values() if isinstance(value, dict))):
-                for key in {"torch_dtype", "dtype"} & part.keys():
-                    part[key] = made.dtype
-            if not {"torch_dtype", "dtype"} & told.keys():
-                told["torch_dtype"] = made.dtype
 
     edit_json(folder / "config.json", change)
+    if made.dtype:
+        write_dtype(folder, made.dtype, add=True)
 
 
 def chat_template(made: Plan) -> str | None:

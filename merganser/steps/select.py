@@ -207,14 +207,15 @@ def per_expert(knob: str, value: float | Sequence[float], experts: int) -> list[
     return values
 
 
-def warn_of_equals(asked: int, kept: int, size: int, scope: str) -> None:
+def warn_of_equals(asked: int, kept: int, size: int, scope: str, *, first: bool = False) -> None:
     """Warn where equal magnitudes make the share that is kept more than a point larger than the one asked for.
 
-    Without numbers where every tensor has its own, so that a merge says it once.
+    Without numbers where every tensor has its own, so that a merge says it once. ``first``: the step can keep the first.
     """
     if kept - asked > 0.01 * size:
         told = f"{kept / size:.1%} of them are kept" if scope == "model" else "a tensor keeps over a point"
-        more = f"instead of {asked / size:.1%}" if scope == "model" else "more than its share; equal='first' keeps it"
+        more = f"instead of {asked / size:.1%}" if scope == "model" else "more than its share"
+        more += "; equal='first' keeps it" if first and scope != "model" else ""
         warnings.warn(f"many entries have equal magnitudes, as in bf16: {told} {more}", stacklevel=3)
 
 

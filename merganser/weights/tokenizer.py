@@ -175,6 +175,18 @@ def renumber(config: dict[str, Any], new: Callable[[int], int | None], like: Map
     config.update({k: v for k, v in like.items() if k.endswith(IDS) and v is not None and config.get(k) is None})
 
 
+def write_dtype(folder: Path, dtype: str, *, add: bool = False) -> None:
+    """Write the dtype of the weights where config.json and its parts name one; ``add``: also where none does."""
+
+    def change(told: dict[str, Any]) -> None:
+        for part in (told, *(value for value in told.values() if isinstance(value, dict))):
+            part.update({key: dtype for key in ("dtype", "torch_dtype") if key in part})
+        if add and not {"torch_dtype", "dtype"} & told.keys():
+            told["torch_dtype"] = dtype
+
+    edit_json(folder / "config.json", change)
+
+
 def edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Change the object in a JSON file in place; do nothing where there is no such file."""
     if path.is_file():

@@ -140,7 +140,7 @@ def _thetas(
     if equal == "all":
         more = [_more(*one, k) for one, k in zip(ranked, kept, strict=True)]
         t = max(range(experts), key=more.__getitem__)
-        select.warn_of_equals(kept[t], kept[t] + more[t], select.size(survey[0][t]), scope)
+        select.warn_of_equals(kept[t], kept[t] + more[t], select.size(survey[0][t]), scope, first=True)
     return [theta for theta, _, _ in ranked]
 
 

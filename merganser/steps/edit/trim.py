@@ -49,7 +49,7 @@ def trim(
         kept = kept * select.first_of_equals(delta, theta, asked)
         equals, extra = asked - above, equals - (asked - above)
     elif theta > 0:
-        select.warn_of_equals(asked, above + equals, select.size(survey[0]), scope)
+        select.warn_of_equals(asked, above + equals, select.size(survey[0]), scope, first=True)
     if rescale:
         left = survey[2][1] - (extra * theta if equal == "first" else 0)
         kept = kept * select.l1_ratio(survey[2][0], left)
