@@ -1,6 +1,6 @@
 """Figures for papers and pages: what adapting changed, merger by merger, in a run or over the variations of a study."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import StringIO
 from typing import Any
 
@@ -67,7 +67,8 @@ def study_figure(told: Mapping[str, Any]) -> str:
             style = "o-" if len(lines) > 1 else "o"
             axes.plot(at, middle, style, color=f"C{k % 10}", markersize=4, linewidth=1, label=name)
         axes.axhline(0, color="#444444", linewidth=0.8, linestyle=":")
-        axes.set_xticks(range(len(ticks)), ticks)
+        slanted = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if len(ticks) > 8 else {}
+        axes.set_xticks(range(len(ticks)), ticks, **slanted)
         axes.set_xlabel(told["axis"])
         axes.set_ylabel("recovered, % of what merging loses")
         if len(lines) > 1:
@@ -90,8 +91,6 @@ def _points_figure(told: Mapping[str, Any]) -> str:
             line, ends = (axes.vlines, ([at], [low], [high])) if across else (axes.hlines, ([at], [low], [high]))
             line(*ends, color="#9db8d9", linewidth=4, alpha=0.8)
             axes.plot(*((at, middle) if across else (middle, at)), "o", color="#1f4e8c", markersize=4)
-            if across and len(points) <= NAMED:
-                axes.annotate(one["label"], (at, middle), (4, 3), textcoords="offset points", fontsize=7)
         (axes.axhline if across else axes.axvline)(0, color="#444444", linewidth=0.8, linestyle=":")
         if across:
             axes.set_xlabel(told["x"])
@@ -100,7 +99,30 @@ def _points_figure(told: Mapping[str, Any]) -> str:
             axes.set_yticks(range(len(points)), [one["label"] for one in reversed(points)])
             axes.set_xlabel(told["y"])
         axes.spines[["top", "right"]].set_visible(False)
+        if across and len(points) <= NAMED:
+            _name(picture, axes, points)
         return _svg(picture)
+
+
+def _name(picture: Any, axes: Any, points: Sequence[Mapping[str, Any]]) -> None:
+    """Write each point's name beside it, further up, down or to the left until it lies on no other and in the picture."""
+    axes.margins(x=0.08)
+    picture.draw_without_rendering()
+    taken: list[Any] = []
+    edge = axes.get_window_extent().x1
+    places = [(side, 3 + 8 * up) for up in sorted(range(-5, 6), key=abs) for side in (5, -5)]
+    for one in sorted(points, key=lambda one: -one["y"]):
+        for x, y in places:
+            text = axes.annotate(
+                one["label"], (one["x"], 100 * one["y"]), (x, y), textcoords="offset points", fontsize=7,
+                ha="left" if x > 0 else "right", arrowprops={"arrowstyle": "-", "lw": 0.4, "color": "#888888"},
+            )  # fmt: skip
+            box = text.get_window_extent()
+            if box.x1 < edge and not any(box.overlaps(other) for other in taken):
+                break
+            if (x, y) != places[-1]:
+                text.remove()
+        taken.append(box)
 
 
 def _by_merger(told: Mapping[str, Any]) -> tuple[list[str], dict[str, list[dict[str, float]]]]:
