@@ -7,6 +7,7 @@ import pkgutil
 import sys
 import tomllib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
+import merganser
 import merganser.steps.align
 from merganser.errors import SentenceError, WeightsError
 from merganser.merge import merge
@@ -295,3 +297,20 @@ def test_every_table_is_well_formed() -> None:
         assert table.keys() <= {"all", "if_present", "named"}
         assert len(table["all"]) >= 2
         assert all(isinstance(axis, int) for axis in [*table["all"].values(), *table.get("if_present", {}).values()])
+
+
+@pytest.mark.parametrize("how", ["permute | average", "permute | ties(density=0.5)"])
+def test_in_memory_on_disk_and_in_parts_a_network_is_renumbered_alike(tmp_path: Path, how: str) -> None:
+    models = {f"m{e}": random_model(100 * e, BLOCK) for e in range(3)}
+    for name, weights in models.items():
+        merganser.save(weights, tmp_path / name)
+    base, *experts = (tmp_path / name for name in models)
+    memory = merge(base, experts, how, seed=3)
+    merge(base, experts, how, seed=3, into=tmp_path / "out")
+    for k in (2, 1):
+        merge(base, experts, how, seed=3, into=tmp_path / "parts", part=(k, 2))
+    merganser.join(tmp_path / "parts")
+    files = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("out", "parts")]
+    assert files[0] == files[1]
+    on_disk = merganser.open_weights(tmp_path / "out")
+    assert all(torch.equal(memory[name], on_disk[name]) for name in BLOCK)

@@ -10,7 +10,14 @@ from merganser.fingerprint import fingerprint
 from merganser.sentence import known_steps, parse
 from merganser.weights.open import open_weights
 
-SENTENCES = [name for name, kind in known_steps().items() if kind == "combine"] + [
+COMBINE, EDIT, ALIGN = ([n for n, kind in known_steps().items() if kind == k] for k in ("combine", "edit", "align"))
+SENTENCES = [
+    *COMBINE,
+    *(f"{edit} | {combine}" for edit in EDIT for combine in ("task_arithmetic", "ties")),
+    *(
+        f"{align} | {combine}" for align in ALIGN if align != "permute" for combine in ("average", "ties")
+    ),  # it has its own
+    *(f"task_arithmetic | {edit}" for edit in EDIT if edit != "mask"),
     "dare(keep=0.5) | task_arithmetic | scale(by=0.3)",
     "dare(keep=0.7) | scale(by=2.0) | ties(density=0.5)",
     "ties(scope='tensor')",
