@@ -203,7 +203,7 @@ def check_suite(
             written = suite.SUITE.of(data).sentences
             experts = list(suite.SUITE.tasks(data))
         with found.gather("--data"):
-            if not how or any("|" in text and parse(text).adapt for text in how):
+            if study is not None or not how or any("|" in text and parse(text).adapt for text in how):
                 suite.SUITE.files(data)
     elif suite is not None:
         experts = list(getattr(suite, "NAMES", ()))

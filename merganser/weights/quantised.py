@@ -14,7 +14,7 @@ from ..errors import WeightsError
 from .header import STATE, WHOLE, Head, Headers, View, Weights, folder_of, header
 from .packed import Blocks, Packed, Rows, Words
 from .stored import DTYPES
-from .tokenizer import edit_json, read_config
+from .tokenizer import edit_json, read_config, write_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -129,9 +129,9 @@ def write_plain(folder: Path, dtype: str) -> None:
         for part in (told, *(value for value in told.values() if isinstance(value, dict))):
             for key in KEYS:
                 part.pop(key, None)
-            part.update({key: dtype for key in ("dtype", "torch_dtype") if key in part})
 
     edit_json(folder / "config.json", plain)
+    write_dtype(folder, dtype)
     for name in FILES:
         (folder / name).unlink(missing_ok=True)
 

@@ -95,4 +95,7 @@ def test_a_study_is_told_with_its_own_mergers_and_ri(tmp_path):
     assert told["sentences"] == ["task_arithmetic", "ties", "tsv", "iso_c"]
     told = plan("bench", "text", "--study", "proxy", "--how", "ri | ties", "--to", tmp_path / "out")
     assert "a study adapts by itself" in told["errors"][0]["what"]
+    (tmp_path / "data" / "agnews").mkdir(parents=True)
+    told = plan("bench", "text", "--data", tmp_path / "data", "--study", "proxy", "--to", tmp_path / "out")
+    assert any("aux" in one["what"] for one in told["errors"]), "a study adapts, whatever its mergers"
     assert not (tmp_path / "out").exists()
