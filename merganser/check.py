@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .card import read_card
-from .examine import How, Ingredients, examine
+from .examine import How, Ingredients, check_shards, examine
 from .findings import Findings
 from .forecast import existing, free_disk, nbytes, numbers, writable
 from .weights.header import WHOLE, Head, Headers, Weights, folder_of, header, matches
@@ -48,6 +48,7 @@ def check(
     dtype: str | None = None,
     stored: str = "model",
     rank: int | str | None = None,
+    shard_size: int | str | None = None,
 ) -> Findings:
     """Return all that will go wrong with ``merge(...)`` of the same arguments, and what it will do and need.
 
@@ -60,10 +61,10 @@ def check(
 
             return check_recipe(base, into)
         if Path(base).suffix in (".yml", ".yaml"):
-            return check_config(base, into)
+            return check_config(base, into, shard_size)
     told = examine(
         base, experts, how, into=into, own=own, seed=seed, ingredients=ingredients, part=part, where=where,
-        vocabulary=vocabulary, dtype=dtype, stored=stored, rank=rank, opener=open_headers,
+        vocabulary=vocabulary, dtype=dtype, stored=stored, rank=rank, shard_size=shard_size, opener=open_headers,
     )  # fmt: skip
     found = told.found
     compare(found, told.sources, own)
@@ -195,11 +196,13 @@ def _locked(lock: Path) -> bool:
     return False
 
 
-def check_config(path: str | Path, into: str | Path | None = None) -> Findings:
+def check_config(path: str | Path, into: str | Path | None = None, shard_size: int | str | None = None) -> Findings:
     """Return all that will go wrong with a mergekit config."""
     from .mergekit import plan
 
     found = Findings(plan={"config": str(path), "into": None if into is None else str(into)})
+    with found.gather("output"):
+        check_shards(shard_size, into, "model")
     with found.gather("config"):
         told = plan(path)
         found.plan |= {"sentence": told.sentence, "experts": list(told.models)}

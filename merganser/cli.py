@@ -75,6 +75,7 @@ AsAdapter = Annotated[
 Rank = Annotated[
     str | None, typer.Option(help="That adapter's rank: a number, or exact; default: the experts' largest.")
 ]
+ShardSize = Annotated[str | None, typer.Option(help="Of the result's files, at most: 2GB, 500MB; default: 5GB.")]
 Part = Annotated[str | None, typer.Option(help="K/N: only the K-th of N parts; then `join` the folder.")]
 
 
@@ -179,6 +180,7 @@ def merge(
     delta: Delta = False,
     as_adapter: AsAdapter = False,
     rank: Rank = None,
+    shard_size: ShardSize = None,
     part: Part = None,
     seed: Seed = 0,
     dry_run: DryRun = False,
@@ -186,7 +188,8 @@ def merge(
 ) -> None:
     """Merge experts of one base into a folder that the model's own library loads."""
     if dry_run:
-        told = (own, where, ingredient, vocabulary, dtype, stored_as(delta, as_adapter), read_rank(rank), part)
+        stored = stored_as(delta, as_adapter)
+        told = (own, where, ingredient, vocabulary, dtype, stored, read_rank(rank), shard_size, part)
         return tell(checked(base, experts, how, to, *told, seed), as_json)
     from .late import import_torch
 
@@ -199,7 +202,10 @@ def merge(
         from .mergekit import merge_config
 
         says_all(base, experts, how, own, where, ingredient, vocabulary, dtype, delta, as_adapter, rank, part)
-        merge_config(base, into=to, seed=seed, progress=bars, say=lambda line: typer.echo(f"note: {line}", err=True))
+        merge_config(
+            base, into=to, seed=seed, shard_size=shard_size, progress=bars,
+            say=lambda line: typer.echo(f"note: {line}", err=True),
+        )  # fmt: skip
         return say({"merged": str(to), "config": base}, as_json, f"merged {base} into {to}")
     if not experts or not how:
         raise typer.BadParameter("give BASE, one or more EXPERT and --how SENTENCE, or a mergekit YAML alone")
@@ -208,7 +214,7 @@ def merge(
     merge(
         read_base(base), experts, how, into=to, own=own or (), seed=seed, ingredients=pairs(ingredient, "--ingredient"),
         part=read_part(part), where=read_where(where or ()), vocabulary=vocabulary, dtype=dtype,
-        stored=stored_as(delta, as_adapter), rank=read_rank(rank), progress=bars,
+        stored=stored_as(delta, as_adapter), rank=read_rank(rank), shard_size=shard_size, progress=bars,
     )  # fmt: skip
     if as_adapter:
         return tell_adapter(to, len(experts), how, as_json)
@@ -231,19 +237,20 @@ def check_all(
     delta: Delta = False,
     as_adapter: AsAdapter = False,
     rank: Rank = None,
+    shard_size: ShardSize = None,
     part: Part = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Say all that will go wrong, before a download or a tensor; exit status 1 if something prevents the merge."""
-    told = (own, where, ingredient, vocabulary, dtype, stored_as(delta, as_adapter), read_rank(rank), part)
+    told = (own, where, ingredient, vocabulary, dtype, stored_as(delta, as_adapter), read_rank(rank), shard_size, part)
     tell(checked(base, experts, how, to, *told, seed), as_json)
 
 
 def checked(
     base: str, experts: list[str] | None, how: str, to: Path | None, own: list[str] | None, where: list[str] | None,
     ingredient: list[str] | None, vocabulary: str | None, dtype: str | None, stored: str, rank: int | str | None,
-    part: str | None, seed: int,
+    shard_size: str | None, part: str | None, seed: int,
 ) -> Any:  # fmt: skip
     """Check what `merge` would be given."""
     from .check import check
@@ -262,7 +269,7 @@ def checked(
     found = check(
         read_base(base), experts or (), how, into=to, own=own or (), seed=seed,
         ingredients=pairs(ingredient, "--ingredient"), part=read_part(part), where=patterns,
-        vocabulary=vocabulary, dtype=dtype, stored=stored, rank=rank,
+        vocabulary=vocabulary, dtype=dtype, stored=stored, rank=rank, shard_size=shard_size,
     )  # fmt: skip
     found.add(unread)
     return found

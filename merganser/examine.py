@@ -27,6 +27,7 @@ from .weights.open import Source, Weights, named, open_weights
 from .weights.parts import check_part
 from .weights.quantised import Dequantised, say
 from .weights.save import refuse_overwriting
+from .weights.sink import shard_bytes
 from .where import Patterns, Where, fitting
 
 How = str | Sentence | Iterable[Callable[..., Any] | str]
@@ -68,6 +69,7 @@ def examine(
     dtype: str | None = None,
     stored: str = "model",
     rank: int | str | None = None,
+    shard_size: int | str | None = None,
     opener: Callable[[Source], Weights] = open_weights,
 ) -> Examined:
     """Open and check what `merge` is given (the same arguments)."""
@@ -87,6 +89,7 @@ def examine(
     sentence = _sentence(found, how, tuple(wanted))
     with found.gather("output"):
         target = check_output(dtype, stored, rank)
+        check_shards(shard_size, into, stored)
     if base is not None and "" in sources:
         origin = sources.pop("")
         with found.gather("base"):
@@ -331,6 +334,14 @@ def check_output(dtype: str | None, stored: str, rank: int | str | None = None) 
     if dtype is not None and dtype not in OUTPUTS:
         raise SentenceError(f"unknown dtype {dtype!r}{did_you_mean(str(dtype), OUTPUTS)}; known: {', '.join(OUTPUTS)}")
     return None if dtype is None else OUTPUTS[dtype]
+
+
+def check_shards(shard_size: int | str | None, into: str | Path | None, stored: str) -> None:
+    """Raise WeightsError for what is no size, SentenceError where nothing is written that is cut into shards."""
+    shard_bytes(shard_size)
+    if shard_size is not None and (into is None or stored == "adapter"):
+        why = "needs into=FOLDER" if into is None else "is of no use with an adapter, which is one file"
+        raise SentenceError(f"a shard size {why}")
 
 
 def try_out(sentence: Sentence, experts: Sequence[str]) -> None:

@@ -29,7 +29,7 @@ from .weights.parts import Share, inputs_of
 from .weights.quantised import Dequantised, as_stored, write_plain
 from .weights.renamed import Renamed
 from .weights.save import carry, short, write_readme
-from .weights.sink import DTYPES, Sink, spec_of
+from .weights.sink import DTYPES, Sink, shard_bytes, spec_of
 from .weights.stored import Stored
 from .weights.tokenizer import write_dtype
 from .where import Patterns
@@ -53,6 +53,7 @@ def merge(
     dtype: str | None = None,
     stored: str = "model",
     rank: int | str | None = None,
+    shard_size: int | str | None = None,
     progress: Progress = silent,
     about: Mapping[str, Any] | None = None,
 ) -> Mapping[str, Tensor]:
@@ -72,6 +73,7 @@ def merge(
                  one LoRA adapter that PEFT loads, where the experts are adapters (``base`` may then be None)
     rank         of that adapter: a number, "exact" (the ranks' sum, where the merge is a product of that rank), or None:
                  the experts' largest
+    shard_size   of the files in ``into``, at most: bytes, or such as "2GB"; default: 5 GB, as the Hub has them
     about        more for the card of the result
 
     Raises WeightsError (keys, shapes, non-finite values), SentenceError (grammar, steps, knobs; adapt words belong to
@@ -79,7 +81,7 @@ def merge(
     """
     found, sources, sentence, ready = examine(
         base, experts, how, into=into, own=own, seed=seed, ingredients=ingredients, part=part, where=where,
-        vocabulary=vocabulary, dtype=dtype, stored=stored, rank=rank,
+        vocabulary=vocabulary, dtype=dtype, stored=stored, rank=rank, shard_size=shard_size,
     )  # fmt: skip
     found.tell()
     for one in found.warnings:
@@ -95,6 +97,7 @@ def merge(
         **({"dtype": dtype} if dtype else {}),
         **({"rank": rank} if rank is not None else {}),
         **({"vocabulary": vocabulary} if vocabulary else {}),
+        **({"shard_size": shard_size} if shard_size is not None else {}),
         **({"dequantised": told.told()} if isinstance(told := sources[""], Dequantised) else {}),
         **(about or {}),
     }
@@ -173,7 +176,8 @@ class Output:
         key = job_key(card, jobs)
         share = None if part is None else Share(folder, key, part, self.spec)
         spec = self.spec if share is None else {n: self.spec[n] for n in self.spec if n in share.mine}
-        sink = Sink(folder if share is None else share.place, spec, metadata=short(card), key=key)
+        size = shard_bytes(card.get("shard_size"))
+        sink = Sink(folder if share is None else share.place, spec, metadata=short(card), shard_size=size, key=key)
         seen = Seen()
 
         def put(name: str, piece: Piece) -> None:

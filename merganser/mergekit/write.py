@@ -25,17 +25,20 @@ def merge_config(
     *,
     into: str | Path | None = None,
     seed: int = 0,
+    shard_size: int | str | None = None,
     progress: Progress = silent,
     say: Callable[[str], None] = lambda line: None,
 ) -> "Mapping[str, Tensor]":
     """Merge as the mergekit YAML at ``path`` says, into a folder, or in memory without one.
 
     Numbers are mergekit's up to rounding: computed in fp32, rounded once. ``say`` is told in a line each what differs
-    from the papers and what the config does not do. Raises RecipeError (the YAML), WeightsError, SentenceError.
+    from the papers and what the config does not do; ``shard_size`` as in `merge`.
+    Raises RecipeError (the YAML), WeightsError, SentenceError.
     """
-    from ..examine import check_output
+    from ..examine import check_output, check_shards
     from ..merge import Output
 
+    check_shards(shard_size, into, "model")
     made = plan(path, seed=seed, opened=open_weights)
     template = chat_template(made)
     for note in made.notes:
@@ -54,7 +57,8 @@ def merge_config(
             (staging / TEMPLATE).write_text(template, encoding="utf-8")
             edit_json(staging / "tokenizer_config.json", lambda told: told.pop("chat_template", None))
 
-    return output.streamed(made.jobs, Path(into), card_of(made, seed), carried=carried, progress=progress)
+    card = card_of(made, seed) | ({"shard_size": shard_size} if shard_size is not None else {})
+    return output.streamed(made.jobs, Path(into), card, carried=carried, progress=progress)
 
 
 def card_of(made: Plan, seed: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ..errors import WeightsError
 from ..fingerprint import combine
 from ..progress import Progress, silent
 from .save import carry, short, write_readme
-from .sink import Sink, Spec, nbytes
+from .sink import Sink, Spec, nbytes, shard_bytes
 from .stored import Stored
 
 if TYPE_CHECKING:
@@ -140,7 +140,8 @@ def _joined(root: Path, parts: Sequence[Stored], cards: Sequence[dict[str, Any]]
     card |= inputs_of([one["hashes"] for one in cards])
     key = key_of({k: v for k, v in card.items() if k != "base"})
     card |= {"key": key, "parts": len(parts), "seconds": sum(one["seconds"] for one in cards)}
-    sink = Sink(root, spec, metadata=short(card), key=cards[0]["job"])
+    size = shard_bytes(card.get("shard_size"))
+    sink = Sink(root, spec, metadata=short(card), shard_size=size, key=cards[0]["job"])
     try:
         with progress("join", len(spec)) as tick:
             for part in parts:

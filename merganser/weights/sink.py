@@ -8,6 +8,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import struct
 import time
@@ -30,6 +31,8 @@ from .stored import PART, PART_KEY, Stored, patiently, weight_files
 DTYPES = {getattr(torch, dtype): name for name, (dtype, _) in KNOWN.items() if hasattr(torch, dtype)}
 _TORCH = {name: dtype for dtype, name in DTYPES.items()}
 PROGRESS = "progress.json"
+SHARD_SIZE = 5 * 10**9  # bytes, as the Hub has them
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]i?)?B?", re.IGNORECASE)
 Spec = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
@@ -62,7 +65,7 @@ class Sink:
         spec: Spec,
         *,
         metadata: Mapping[str, str] | None = None,
-        shard_size: int = 5 * 10**9,
+        shard_size: int = SHARD_SIZE,
         single: str = SINGLE,
         key: str | None = None,
     ):
@@ -306,6 +309,21 @@ def _by_part(spec: Spec) -> dict[str, list[str]]:
         place = name.rpartition("/")[0]
         parts.setdefault(f"{place}/" if PART.fullmatch(place) else "", []).append(name)
     return parts or {"": []}
+
+
+def shard_bytes(told: int | str | None) -> int:
+    """Return the bytes of ``2_000_000_000``, ``"2GB"`` or ``"2GiB"``; None: 5 GB. Raises WeightsError for all else."""
+    if told is None:
+        return SHARD_SIZE
+    found = None if isinstance(told, bool | float) else _SIZE.fullmatch(str(told).strip())
+    size = 0
+    if found is not None:
+        unit = (found[2] or "").lower()
+        power = "kmgt".index(unit[0]) + 1 if unit else 0
+        size = int(float(found[1]) * (1024 if unit.endswith("i") else 1000) ** power)
+    if size < 1:
+        raise WeightsError(f"a shard's size is a number of bytes, or such as 5GB, 500MB or 2GiB, got {told!r}")
+    return size
 
 
 def _group(spec: Spec, shard_size: int) -> list[list[str]]:

@@ -100,3 +100,17 @@ def test_a_gradient_in_a_sentence_is_sent_to_where(merganser, models):
 
 def test_a_folder_that_is_not_there_is_not_taken_for_a_step(merganser):
     refused(merganser("show", "./nowhere"), "no such file or folder")
+
+
+def test_a_shard_size_is_heard_by_merge_check_and_a_mergekit_yaml(merganser, models, tmp_path):
+    words = (models["base"], models["a"], "--how", "average")
+    refused(merganser("check", *words, "--to", "out", "--shard-size", "5 apples"), "such as 5GB, 500MB or 2GiB")
+    assert merganser("merge", *words, "--to", "out", "--shard-size", "20kB").returncode == 0
+    config = {"merge_method": "linear", "models": [{"model": str(models["a"]), "parameters": {"weight": 1}}]}
+    (tmp_path / "one.yml").write_text(json.dumps(config))
+    refused(merganser("check", "one.yml", "--to", "kit", "--shard-size", "x"), "such as 5GB, 500MB or 2GiB")
+    assert merganser("merge", "one.yml", "--to", "kit", "--shard-size", "20kB").returncode == 0
+    for folder in ("out", "kit"):
+        sizes = {path.name: path.stat().st_size for path in (tmp_path / folder).glob("model-*.safetensors")}
+        assert len(sizes) > 1
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder)
