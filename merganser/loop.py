@@ -277,7 +277,7 @@ def _held(job: Job, name: str, shape: tuple[int, ...]) -> list[Factors] | None:
         if low is None:
             return None
         if not math.isfinite(low.left.sum().item() + low.right.sum().item()):
-            raise _not_finite(f"expert '{expert}'", name)
+            raise not_finite(f"expert '{expert}'", name)
         held.append(low)
     return held if any(low.left.any() and low.right.any() for low in held) else None
 
@@ -664,19 +664,21 @@ def _parts(weights: Mapping[str, Tensor], name: str, step: int) -> Iterator[tupl
 def _check_finite(job: Job, name: str, deltas: Tensor) -> None:
     if torch.isfinite(deltas).all():
         return
-    if not _all_finite(job.base[name]):
-        raise _not_finite("the base", name)
+    if not all_finite(job.base[name]):
+        raise not_finite("the base", name)
     for who, weights in job.experts.items():
-        if not _all_finite(weights[name]):
-            raise _not_finite(f"expert '{who}'", name)
+        if not all_finite(weights[name]):
+            raise not_finite(f"expert '{who}'", name)
     raise WeightsError(f"tensor '{name}': what an expert adds to the base there is too large for fp32")
 
 
-def _all_finite(values: Tensor) -> bool:
-    return bool(torch.isfinite(values).all())
+def all_finite(values: Tensor) -> bool:
+    """Tell whether no entry is NaN or infinite."""
+    return bool(torch.isfinite(values.float() if values.element_size() == 1 else values).all())
 
 
-def _not_finite(where: str, name: str) -> WeightsError:
+def not_finite(where: str, name: str) -> WeightsError:
+    """Return the error for a model with such a tensor."""
     return WeightsError(f"{where} has NaN or inf in tensor '{name}': repair or leave out that checkpoint")
 
 

@@ -19,7 +19,7 @@ from .card import digest, key_of, write_card
 from .errors import WeightsError
 from .examine import How, Ingredients, examine
 from .fingerprint import Seen
-from .loop import Job, Piece, is_float, merge_each, survey
+from .loop import Job, Piece, all_finite, is_float, merge_each, not_finite, survey
 from .progress import Progress, silent
 from .weights.adapter import Adapted, Bare
 from .weights.header import folder_of
@@ -147,6 +147,19 @@ class Output:
             raise WeightsError(f"tensor '{name}': a merged number does not fit {kind}; store it with dtype='float32'")
         return out
 
+    def copied(self, name: str) -> Tensor:
+        """Return a tensor that nothing merges, as it is stored.
+
+        NaN in it is said where it is the base's, which was told to leave it as it is; where it is an expert's
+        (a mergekit config that passes it through), it raises WeightsError as in a merge.
+        """
+        tensor = self.origin[name]
+        if tensor.is_floating_point() and not all_finite(tensor):
+            if (whose := getattr(self.origin, "whose", {}).get(name)) is not None:
+                raise not_finite(f"'{whose}'", name)
+            warnings.warn(f"tensor '{name}' has NaN or inf in the base, and is copied as it is", stacklevel=2)
+        return tensor.to(self.dtypes[name])
+
     def in_memory(self, jobs: Sequence[Job], progress: Progress) -> dict[str, Tensor]:
         """Return the result as tensors; those that no job merges are the origin's own."""
         made: dict[str, Tensor] = {}
@@ -159,7 +172,7 @@ class Output:
 
         for job in jobs:
             merge_each(job, survey(job, progress=progress), put, progress=progress)
-        return {n: made[n] if n in made else self.origin[n].to(self.dtypes[n]) for n in self.spec}
+        return {n: made[n] if n in made else self.copied(n) for n in self.spec}
 
     def streamed(
         self,
@@ -190,7 +203,7 @@ class Output:
                 todo = [name for name in job.names if name in sink.missing]
                 merge_each(job, surveys, put, only=todo, done=sink.done, progress=progress)
             for name in sorted(sink.missing):
-                sink.put(name, self.origin[name].to(self.dtypes[name]))
+                sink.put(name, self.copied(name))
             found = hashes(jobs, seen, share)
             told = {**card, **({"hashes": found} if share else inputs_of([found]))}
             if share is not None:

@@ -1,13 +1,18 @@
 """What a mergekit YAML may say. Whatever else it says is one clear error before any work; mergekit would ignore it."""
 
+import contextlib
+import copy
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ..errors import RecipeError, did_you_mean
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 Settings = dict[str, Any]
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -152,8 +157,12 @@ class Config(_Part):
         return Module(slices=self.slices, models=self.models)
 
 
-def read_config(path: str | Path) -> tuple[Config, str]:
-    """Return the config at ``path`` and its text. Raises RecipeError: one line, the key and the remedy."""
+def read_config(path: str | Path) -> tuple[Config | None, str, list[str]]:
+    """Return the config at ``path``, its text, and all that is wrong with it, each with the key and the remedy.
+
+    Where something is wrong, the config is what remains without it, None if that is none. Raises RecipeError for what
+    is no config at all.
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -163,9 +172,12 @@ def read_config(path: str | Path) -> tuple[Config, str]:
         raise RecipeError(f"{path}: not a text file") from None
     told = _loaded(path, text)
     try:
-        return Config.model_validate(told), text
+        return Config.model_validate(told), text, []
     except ValidationError as error:
-        raise RecipeError(f"{path}: {_first(error, told)}") from None
+        wrong = _all(error)
+        with contextlib.suppress(ValidationError, LookupError, TypeError):
+            return Config.model_validate(_without(told, [one["loc"] for one in error.errors()])), text, wrong
+    return None, text, wrong
 
 
 def _loaded(path: Path, text: str) -> dict[str, Any]:
@@ -196,9 +208,15 @@ def _loaded(path: Path, text: str) -> dict[str, Any]:
     return documents[0]
 
 
-def _first(error: ValidationError, told: dict[str, Any]) -> str:
-    """Return the most telling fault: an unknown key explains a missing one."""
-    problem = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+def _all(error: ValidationError) -> list[str]:
+    """Return the faults; an unknown key explains one that is missing beside it."""
+    problems = error.errors()
+    unknown = {problem["loc"][:-1] for problem in problems if problem["type"] == "extra_forbidden"}
+    told = [one for one in problems if one["type"] != "missing" or one["loc"][:-1] not in unknown]
+    return list(dict.fromkeys(map(_line, told)))
+
+
+def _line(problem: "ErrorDetails") -> str:
     where = ".".join(str(part) for part in problem["loc"])
     last = str(problem["loc"][-1]) if problem["loc"] else ""
     if problem["type"] == "extra_forbidden":
@@ -215,6 +233,17 @@ def _first(error: ValidationError, told: dict[str, Any]) -> str:
     said = re.sub(r"^Value error, ", "", problem["msg"])
     got = f", got {problem['input']!r}" if not isinstance(problem["input"], dict) else ""
     return f"'{where}': {said}{got}" if where else said
+
+
+def _without(told: dict[str, Any], places: Sequence[tuple[int | str, ...]]) -> dict[str, Any]:
+    """Return a config without what lies at ``places``. Raises LookupError or TypeError if something does not lie there."""
+    left = copy.deepcopy(told)
+    for place in sorted(places, key=lambda p: [str(part).zfill(9) for part in p], reverse=True):
+        part: Any = left
+        for key in place[:-1]:
+            part = part[key]
+        del part[place[-1]]
+    return left
 
 
 def _model_at(place: tuple[int | str, ...]) -> type[BaseModel]:

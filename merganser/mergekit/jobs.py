@@ -2,13 +2,14 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import RecipeError, WeightsError, did_you_mean
+from ..errors import MerganserError, RecipeError, did_you_mean
 from ..weights.header import FLOATS, Head, Weights, folder_of, header, shape_of
 from ..weights.match import Matched, match
 from ..weights.open import Source as Place
@@ -16,7 +17,7 @@ from ..weights.open import named, open_headers
 from ..weights.stored import first
 from ..weights.vocabulary import BASE, Writer
 from .config import Config, Ref, Slice, Source, read_config
-from .layers import Laid, stacked, stacks, whole
+from .layers import Laid, stacked, stacks, unfit, whole
 from .methods import METHODS, Method, refused
 from .settings import check, filters, resolve
 from .views import Origin, Zeros, promoted, taken
@@ -81,38 +82,62 @@ def plan(path: str | Path, *, seed: int = 0, opened: Callable[[Place], Weights] 
     """Return what the mergekit YAML at ``path`` asks for; no tensor is read.
 
     ``opened`` opens a model; by default of a model on the Hub only the headers are fetched.
-    Raises RecipeError (the YAML), WeightsError (the models), SentenceError.
+    Raises one error for all that is wrong: RecipeError (the YAML) or WeightsError (the models).
     """
     path = Path(path)
-    config, text = read_config(path)
-    if config.merge_method not in METHODS:
-        raise RecipeError(
-            f"{path}: unknown merge_method '{config.merge_method}'{did_you_mean(config.merge_method, METHODS)}; "
-            f"known: {', '.join(METHODS)}"
-        )
-    method = METHODS[config.merge_method]
-    if wrong := list(_faults(config, method)):
-        raise RecipeError(f"{path}: {'; '.join(wrong)}", wrong)
+    config, text, said = read_config(path)
+    wrong: list[MerganserError] = [RecipeError(line) for line in said]
+    made = None
+    if config is not None:
+        method = METHODS.get(config.merge_method)
+        if method is None:
+            guess = did_you_mean(config.merge_method, METHODS)
+            wrong.append(
+                RecipeError(f"unknown merge_method '{config.merge_method}'{guess}; known: {', '.join(METHODS)}")
+            )
+        else:
+            wrong += [RecipeError(line) for line in _faults(config, method)]
+        with _gathered(wrong):
+            made = _planned(path, config, text, method, seed, opened, wrong)
+    if wrong or made is None:
+        parts = list(dict.fromkeys(part for error in wrong for part in error.parts or (str(error),)))
+        raise type(wrong[0])(f"{path}: {'; '.join(parts)}", parts)
+    return made
+
+
+@contextmanager
+def _gathered(wrong: list[MerganserError]) -> Iterator[None]:
+    """Take down what the block raises, and go on behind it."""
     try:
-        return _planned(path, config, text, method, seed, opened)
-    except (RecipeError, WeightsError) as error:
-        raise type(error)(f"{path}: {error}", error.parts) from None
+        yield
+    except MerganserError as error:
+        wrong.append(error)
 
 
 def _planned(
-    path: Path, config: Config, text: str, method: Method, seed: int, opened: Callable[[Place], Weights]
-) -> Plan:
-    slices = _slices(config, method)
+    path: Path, config: Config, text: str, method: Method | None, seed: int, opened: Callable[[Place], Weights],
+    wrong: list[MerganserError],
+) -> Plan | None:  # fmt: skip
+    """Return the plan; None where something prevents it, which is in ``wrong`` then."""
+    slices = _slices(config)
     refs = list(dict.fromkeys(ref for ref in (config.base_model, *_refs(slices)) if ref is not None))
     for k, one in enumerate(slices):
-        _contract(f"slices[{k}]" if config.inputs.slices else "models", method, one, _base(config, one))
-    places = {ref: _place(ref, path.parent) for ref in refs}
+        with _gathered(wrong):
+            where = f"slices[{k}]" if config.inputs.slices else "models"
+            _contract(where, method, one, _base(config, one))
+    models, places = _opened(refs, path.parent, opened, wrong)
+    if config.inputs.slices:
+        wrong += unfit(slices, models)
+    if wrong or method is None:
+        return None
     short = dict(zip(refs, named(list(places.values())), strict=True))
     if method.base != "none" and short[refs[0]] == f"{BASE}-model":  # the one whose name it is
         short[refs[0]] = BASE
-    models = _opened(places, opened)
     notes = list(_notes(config, method, models))
-    models, writer = one_vocabulary(config, models, short, notes)
+    with _gathered(wrong):
+        models, writer = one_vocabulary(config, models, short, notes)
+    if wrong:
+        return None
     origins = [_base(config, one) or one.sources[0].model for one in slices]
     if config.inputs.slices:
         laid = stacked(slices, models, origins)
@@ -125,12 +150,13 @@ def _planned(
         Origin(folder_of(models[refs[0]])), config.out_dtype or config.dtype, {}, notes, writer,
     )  # fmt: skip
     for part, origin in zip(laid, origins, strict=True):
-        _add(made, part, origin, {ref: (models[ref], short[ref]) for ref in refs}, seed)
+        with _gathered(wrong):
+            _add(made, part, origin, {ref: (models[ref], short[ref]) for ref in refs}, seed)
     _note_filters(made)
     return made
 
 
-def _slices(config: Config, method: Method) -> list[Slice]:
+def _slices(config: Config) -> list[Slice]:
     """Return what is merged as slices; whole models are one slice, which the base joins if it was not listed."""
     inputs = config.inputs
     if inputs.slices:
@@ -155,11 +181,13 @@ def _base(config: Config, one: Slice) -> Ref | None:
     return base if any(source.model == base for source in one.sources) else None
 
 
-def _contract(where: str, method: Method, one: Slice, base: Ref | None) -> None:
+def _contract(where: str, method: Method | None, one: Slice, base: Ref | None) -> None:
     """Raise RecipeError if the inputs are not those that the method takes."""
     refs = [source.model for source in one.sources]
     if twice := [ref for ref in refs if refs.count(ref) > 1]:
         raise RecipeError(f"{where}: '{twice[0]}' is there twice")
+    if method is None:
+        return
     if method.base == "required" and base is None:
         raise RecipeError(f"{where}: '{method.name}' needs base_model, and the base among the sources of every slice")
     count = len(refs) - (base is not None and method.base != "none")
@@ -179,17 +207,16 @@ def _place(ref: Ref, folder: Path) -> str:
     return str(ref)
 
 
-def _opened(places: Mapping[Ref, str], opened: Callable[[Place], Weights]) -> dict[Ref, Weights]:
-    """Open all models. Raises one WeightsError for all that are missing or broken."""
-    models, wrong = {}, []
-    for ref, place in places.items():
-        try:
-            models[ref] = opened(place)
-        except WeightsError as error:
-            wrong.append(str(error))
-    if wrong:
-        raise WeightsError("; ".join(wrong))
-    return models
+def _opened(
+    refs: Sequence[Ref], folder: Path, opened: Callable[[Place], Weights], wrong: list[MerganserError]
+) -> tuple[dict[Ref, Weights], dict[Ref, str]]:
+    """Open all models; return those that can be opened, and where they lie."""
+    models, places = {}, {}
+    for ref in refs:
+        with _gathered(wrong):
+            places[ref] = _place(ref, folder)
+            models[ref] = opened(places[ref])
+    return models, places
 
 
 def _faults(config: Config, method: Method) -> Iterator[str]:
@@ -252,13 +279,14 @@ def _add(made: Plan, laid: Laid, origin: Ref, models: Mapping[Ref, tuple[Weights
         del experts[models[based][1]]
     for name in matched.names:
         kinds = [header(w, name)[0] for w in (matched.base, *matched.experts.values()) if name in w]
-        made.origin.add(name, matched.base, promoted(kinds))
+        made.origin.add(name, matched.base, promoted(kinds), models[origin][1])
     floats = [n for n in matched.names if header(matched.base, n)[0] in FLOATS]
     sizes = {name: prod(shape_of(matched.base, name)) for name in floats}
     texts = _texts(made, laid, based, {ref: models[ref][1] for ref in refs}, sizes)
     if not experts or (made.method.one and len(experts) == 1):
-        for name in floats if experts else ():  # one model alone is the result, even beside a base
-            made.origin.add(name, next(iter(experts.values())), made.origin.header(name)[0])
+        for who, alone in experts.items():  # one model alone is the result, even beside a base
+            for name in floats:
+                made.origin.add(name, alone, made.origin.header(name)[0], who)
         texts = {}
     if not texts:
         return
@@ -292,7 +320,7 @@ def _texts(
 ) -> dict[str, str]:
     """Return the sentence of every tensor that is merged, of those in ``sizes``, their numbers of entries.
 
-    Raises RecipeError for values that cannot be used.
+    Raises RecipeError for values that cannot be used: all those of the first tensor that has such.
     """
     config, method, texts = made.config, made.method, {}
     common = (laid.slice.parameters, config.inputs.parameters, config.parameters)
@@ -301,15 +329,20 @@ def _texts(
     for name, numel in sizes.items():
         t = laid.t.get(name, 0.0)
         values: dict[str, Any] = {"numel": numel}
+        wrong: list[MerganserError] = []
         for key, parameter in method.parameters.items():
             if parameter.each == "all":
-                values[key] = resolve(parameter, common, name, t)
-            else:
-                values[key] = {
-                    short[ref]: resolve(parameter, said, laid.names[name][places[ref]], t, short[ref])
-                    for ref, said in own.items()
-                    if ref != base or parameter.each == "model"
-                }
+                with _gathered(wrong):
+                    values[key] = resolve(parameter, common, name, t)
+                continue
+            values[key] = {}
+            for ref, said in own.items():
+                if ref != base or parameter.each == "model":
+                    with _gathered(wrong):
+                        of_model = laid.names[name][places[ref]]
+                        values[key][short[ref]] = resolve(parameter, said, of_model, t, short[ref])
+        if wrong:
+            raise RecipeError("; ".join(map(str, wrong)), map(str, wrong))
         if why := refused(method, values):
             raise RecipeError(f"tensor '{name}': {why}")
         if method.name == "passthrough" and set(values["scale"].values()) == {None}:

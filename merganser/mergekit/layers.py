@@ -57,16 +57,30 @@ def whole(merged: Slice, names: Sequence[str]) -> Laid:
     return Laid(merged, {name: (name,) * len(merged.sources) for name in names}, t)
 
 
+def unfit(slices: Sequence[Slice], models: Mapping[Ref, Iterable[str]]) -> list[RecipeError]:
+    """Return what is wrong with the layers that slices ask of those models that are known."""
+    wrong = []
+    for k, one in enumerate(slices):
+        spans = []
+        for i, source in enumerate(one.sources):
+            try:
+                if source.model in models:
+                    spans.append(_span(f"slices[{k}].sources[{i}]", source.layer_range, source.model, models))
+            except RecipeError as error:
+                wrong.append(error)
+        if len({last - first for first, last in spans}) > 1:
+            wrong.append(RecipeError(f"slices[{k}]: its sources have different numbers of layers: {spans}"))
+    return wrong
+
+
 def stacked(slices: Sequence[Slice], models: Mapping[Ref, Iterable[str]], bases: Sequence[Ref]) -> list[Laid]:
     """Lay out slices one above the other; ``bases`` names, slice by slice, the model whose tensors there must be.
 
-    Raises RecipeError for layers that a model does not have, or sources of a slice that differ in number.
+    The models have those layers, as many of each source of a slice (`unfit`).
     """
     laid, top = [], 0
     for k, (one, base) in enumerate(zip(slices, bases, strict=True)):
         spans = [_span(f"slices[{k}].sources[{i}]", s.layer_range, s.model, models) for i, s in enumerate(one.sources)]
-        if len({last - first for first, last in spans}) > 1:
-            raise RecipeError(f"slices[{k}]: its sources have different numbers of layers: {spans}")
         length = spans[0][1] - spans[0][0]
         prefixes = [next(iter(stacks(models[s.model]))) for s in one.sources]
         origin = next(i for i, s in enumerate(one.sources) if s.model == base)

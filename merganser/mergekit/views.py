@@ -77,10 +77,12 @@ class Origin(View):
     def __init__(self, path: Path | None):
         self.path = path
         self.parts: dict[str, tuple[Weights, str]] = {}
+        self.whose: dict[str, str] = {}
 
-    def add(self, name: str, weights: Weights, dtype: str) -> None:
-        """Add the tensor of that name in ``weights``."""
+    def add(self, name: str, weights: Weights, dtype: str, whose: str) -> None:
+        """Add the tensor of that name in the ``weights`` of the model ``whose``."""
         self.parts[name] = (weights, dtype)
+        self.whose[name] = whose
 
     def __getitem__(self, name: str) -> "Tensor":
         import torch

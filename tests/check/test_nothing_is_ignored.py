@@ -1,6 +1,7 @@
 """What is told is heard or refused, and a check says all of it at once."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -114,3 +115,21 @@ def test_a_shard_size_is_heard_by_merge_check_and_a_mergekit_yaml(merganser, mod
         sizes = {path.name: path.stat().st_size for path in (tmp_path / folder).glob("model-*.safetensors")}
         assert len(sizes) > 1
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+
+
+def test_nan_in_what_is_only_copied_is_named(merganser, models, tmp_path):
+    broken = load_file(models["b"] / "model.safetensors")
+    name = next(n for n in broken if "layers.1" in n and "proj" in n)
+    broken[name][0, 0] = float("nan")
+    shutil.copytree(models["b"], tmp_path / "broken")
+    save_file(broken, tmp_path / "broken" / "model.safetensors", {"format": "pt"})
+    slices = [
+        {"sources": [{"model": m, "layer_range": r}]} for m, r in ((str(models["a"]), [0, 1]), ("broken", [1, 2]))
+    ]
+    (tmp_path / "one.yml").write_text(json.dumps({"merge_method": "passthrough", "slices": slices}))
+    refused(merganser("merge", "one.yml", "--to", "out"), "'broken' has NaN or inf in tensor", name)
+    assert not (tmp_path / "out").exists()
+    done = merganser("merge", "broken", models["a"], "--how", "average", "--own", name, "--to", "out")
+    assert done.returncode == 0
+    assert f"warning: tensor '{name}' has NaN or inf in the base, and is copied as it is" in done.stderr
+    refused(merganser("merge", "broken", models["a"], "--how", "average", "--to", "again"), "the base has NaN", name)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from llamas import family, write_all
 
+from merganser import check
 from merganser.errors import MerganserError, RecipeError, WeightsError
 from merganser.mergekit import merge_config, plan
 
@@ -103,6 +104,42 @@ def test_all_missing_models_are_told_at_once(models: Path) -> None:
     said = fault(models, TIES.replace("model: a", "model: ./x1").replace("{model: b", "{model: ./x2"))
     assert "x1" in said
     assert "x2" in said
+
+
+def test_faults_of_every_kind_are_told_at_once(models: Path) -> None:
+    text = """
+merge_method: dare-ties
+dtype: bflot16
+tokenizer: {source: base, tokens: {x: {source: a}}}
+note: hello
+slices:
+  - sources:
+      - {model: a, layer_range: [0, 2], parameters: {weight: 1}}
+      - {model: b, layer_range: [0, 3]}
+  - sources: [{model: a, layer_range: [2, 9]}, {model: ./gone, layer_range: [2, 4]}, {model: a, layer_range: [2, 4]}]
+"""
+    said = fault(models, text)
+    for one in ("unknown merge_method 'dare-ties'", "'dtype': unknown dtype", "embeddings of single tokens", "key 'note'",
+                "slices[0]: its sources have different numbers of layers", "slices[1]: 'a' is there twice", "gone",
+                "layer_range [2, 9] is not among the 4 layers"):  # fmt: skip
+        assert one in said
+    found = check(models / "config.yml")
+    assert len(found.errors) == 8, found.errors
+    said = fault(models, text.replace("dare-ties", "ties").replace("weight: 1", "wieght: 1, density: 2"))
+    for one in ("no parameter 'wieght'", "density must lie in [0, 1]", "'ties' needs base_model", "'dtype'", "gone"):
+        assert one in said
+
+
+def test_what_is_missing_for_several_models_is_told_at_once(models: Path) -> None:
+    said = fault(models, TIES.replace("weight: 1, ", "").replace("{weight: 1}", "{density: 1}"))
+    assert "no weight of 'a' is given" in said
+    assert "no weight of 'b' is given" in said
+
+
+def test_an_unknown_key_explains_what_is_missing_beside_it(models: Path) -> None:
+    said = fault(models, TIES.replace("merge_method", "merge_methd"))
+    assert "unknown key 'merge_methd' (did you mean 'merge_method'?)" in said
+    assert "lacks" not in said
 
 
 def test_the_faults_have_their_classes(models: Path) -> None:
