@@ -55,15 +55,16 @@ class Step:
         """Return the step with knobs given by experts' names as lists in their order. Raises SentenceError for a name."""
         knobs = dict(self.knobs)
         for knob, value in self.knobs.items():
+            each = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+            if any(isinstance(one, Mapping) and "gradient" in one for one in ({} if value is None else value, *each)):
+                raise SentenceError(
+                    f"{self}: {knob}: a gradient over layers is told for a pattern of tensors: "
+                    f"where = {{'*': {{'{self.name}': {{'{knob}': {value!r}}}}}}}"
+                )
             if isinstance(value, Mapping):
                 for name in [*value, *experts]:
                     if name not in experts or name not in value:
                         what = "there is no such expert" if name not in experts else "it has no value"
-                        if name == "gradient":
-                            raise SentenceError(
-                                f"{self}: {knob}: a gradient over layers is told for a pattern of tensors, one for all "
-                                f"experts: where = {{'*': {{'{self.name}': {{'{knob}': {{'gradient': [0.2, 0.8]}}}}}}}}"
-                            )
                         raise SentenceError(
                             f"{self}: {knob}: '{name}': {what}; give one value for each of {[*experts]}"
                         )

@@ -3,12 +3,13 @@
     where = {"*.mlp.*": {"ties": {"density": 0.4}}, "*": {"scale": {"by": {"gradient": [0.5, 1.0]}}}}
 
 The first pattern that fits a tensor and names the knob decides; what no pattern names is as the sentence says. A
-gradient is interpolated linearly over the layers, whose number is the first number between dots in a tensor's name.
+gradient is interpolated linearly over the layers, whose number is the first number between dots in a tensor's name. It
+may stand for one expert among others: ``{"average": {"weights": {"a": {"gradient": [0, 1]}, "b": 1}}}``.
 """
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,9 +37,17 @@ class Where:
             knobs = dict(step.knobs)
             for _, overrides in reversed(told):
                 for knob, value in overrides.get(step.name, {}).items():
-                    knobs[knob] = self.at_layer(value, name) if is_gradient(value) else value
+                    knobs[knob] = self.valued(value, name)
             steps.append(replace(step, knobs=knobs))
         return Sentence(tuple(steps))
+
+    def valued(self, value: Any, name: str) -> Any:
+        """Return a knob's value for tensor ``name``: gradients in it, one an expert for one, at their layer."""
+        if is_gradient(value):
+            return self.at_layer(value, name)
+        if isinstance(value, Mapping):
+            return {key: self.valued(one, name) for key, one in value.items()}
+        return type(value)(self.valued(one, name) for one in value) if isinstance(value, list | tuple) else value
 
     def at_layer(self, value: Mapping[str, Sequence[float]], name: str) -> float:
         """Return a gradient's value at the layer of tensor ``name``. Raises SentenceError where it has none."""
@@ -67,9 +76,9 @@ class Where:
                             f"where '{pattern}': '{word}' has no knob '{knob}'{did_you_mean(knob, allowed)}; "
                             f"its knobs: {', '.join(allowed) or 'none'}"
                         )
-                    if isinstance(value, Mapping) and "gradient" in value and not is_gradient(value):
+                    for told in no_gradients(value):
                         raise SentenceError(
-                            f"where '{pattern}': {word}.{knob}: a gradient is {{'gradient': [numbers]}}, got {value!r}"
+                            f"where '{pattern}': {word}.{knob}: a gradient is {{'gradient': [numbers]}}, got {told!r}"
                         )
         for name in names:
             self.resolve(sentence, name)
@@ -111,9 +120,20 @@ def is_gradient(value: Any) -> bool:
     return (
         isinstance(value, Mapping)
         and set(value) == {"gradient"}
+        and isinstance(value["gradient"], list | tuple)
         and len(value["gradient"]) > 0
         and all(isinstance(x, (int, float)) for x in value["gradient"])
     )
+
+
+def no_gradients(value: Any) -> Iterator[Any]:
+    """Yield what is meant as a gradient in a knob's value and is none."""
+    if isinstance(value, Mapping) and "gradient" in value:
+        if not is_gradient(value):
+            yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from no_gradients(one)
 
 
 def interpolate(values: Sequence[float], t: float) -> float:

@@ -48,6 +48,31 @@ def test_a_gradient_is_interpolated_over_the_layers(models):
     assert [interpolate([2.0], t) for t in (0, 0.3, 1)] == [2.0] * 3
 
 
+def test_one_expert_may_have_a_gradient_and_another_none(models):
+    where = {"layers.*": {"task_arithmetic": {"weights": {"a": {"gradient": [0.0, 1.0]}, "b": 0.5}}}}
+    mixed = merganser.merge(*models, "task_arithmetic", where=where)
+    listed = {"layers.*": {"task_arithmetic": {"weights": [{"gradient": [0.0, 1.0]}, 0.5]}}}
+    again = merganser.merge(*models, "task_arithmetic", where=listed)
+    base, experts = models
+    for layer, weight in enumerate([0.0, 0.25, 0.5, 0.75, 1.0]):
+        name = f"layers.{layer}.attn.weight"
+        told = base[name] + weight * (experts["a"][name] - base[name]) + 0.5 * (experts["b"][name] - base[name])
+        torch.testing.assert_close(mixed[name], told)
+        assert torch.equal(again[name], mixed[name])
+    plain = merganser.merge(*models, "task_arithmetic")
+    assert torch.equal(mixed["embed.weight"], plain["embed.weight"])
+
+
+@pytest.mark.parametrize(
+    "weights", [{"a": {"gradient": "x"}, "b": 1}, [{"gradient": []}, 1], {"a": {"gradient": [0, "x"]}, "b": 1}]
+)
+def test_a_gradient_of_one_expert_is_checked_as_one_of_all(models, weights):
+    with pytest.raises(SentenceError, match="a gradient is"):
+        merganser.merge(*models, "average", where={"layers.*": {"average": {"weights": weights}}})
+    with pytest.raises(SentenceError, match="is told for a pattern of tensors: where = "):
+        merganser.merge(*models, f"average(weights={weights!r})")
+
+
 def test_tensors_with_the_same_density_are_trimmed_together(models):
     """TIES at density 0.2 on the attention alone is TIES of a model that has nothing else."""
     base, experts = models
