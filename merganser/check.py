@@ -148,7 +148,11 @@ def foresee(
             "free memory, set OMP_NUM_THREADS=1, or take steps that are element-wise",
         )  # fmt: skip
     for name, other in {name: other for job in jobs for name, other in job.alike.items()}.items():
-        found.note(f"'{name}' is tied to '{other}' in every model", "tensors", "both are merged alike and stay equal")
+        found.note(
+            f"'{name}' is tied to '{other}' in every model, by a few of their bytes",
+            "tensors",
+            "both are merged alike and stay equal",
+        )
     whole = [name for name in found.plan["kept"] if written[name][0] in WHOLE]
     if whole:
         found.note(f"not floating point: {first(whole)}", "tensors", "the result has the base's")
@@ -210,8 +214,8 @@ def check_config(path: str | Path, into: str | Path | None = None, shard_size: i
             found.note(text, "config")
         foresee(found, told.jobs, told.spec, told.models)
         with found.gather("output"):
-            for source in told.models.values() if into is not None else ():
-                refuse_overwriting(into or "", source)
+            if into is not None:
+                refuse_overwriting(into, *told.inputs)
     if into is not None:
         check_folder(found, Path(into), found.numbers.get("bytes_written"))
     return found

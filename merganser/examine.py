@@ -23,7 +23,7 @@ from .weights.delta import is_delta
 from .weights.header import Headers, folder_of, matches, quantised, shape_of
 from .weights.hub import name_of as hub_name
 from .weights.match import Matched, match
-from .weights.open import Source, Weights, named, open_weights
+from .weights.open import Source, Weights, named, open_headers, open_weights
 from .weights.parts import check_part
 from .weights.quantised import Dequantised, say
 from .weights.save import refuse_overwriting
@@ -109,7 +109,8 @@ def examine(
     matched = None
     if "" in sources and len(sources) > 1:
         with found.gather("models"):
-            matched = match(sources[""], {w: s for w, s in sources.items() if w}, own, vocabulary=vocabulary)
+            others = {w: s for w, s in sources.items() if w}
+            matched = match(sources[""], others, own, vocabulary=vocabulary, peek=opener is open_headers)
     known = matched.base if matched else sources.get("", {})
     merged = matched.names if matched else [name for name in known if not matches(name, own)]
     names = [name for name in merged if is_float(known, name)]

@@ -21,8 +21,8 @@ from .examine import How, Ingredients, examine
 from .fingerprint import Seen
 from .loop import Job, Piece, all_finite, is_float, merge_each, not_finite, survey
 from .progress import Progress, silent
-from .weights.adapter import Adapted, Bare
-from .weights.header import folder_of
+from .weights.adapter import Adapted
+from .weights.header import View, folder_of
 from .weights.hub import name_of
 from .weights.open import Source
 from .weights.parts import Share, inputs_of
@@ -266,10 +266,6 @@ def identity(weights: Mapping[str, Tensor]) -> Any:
         return [files, {n: [e.dtype, *e.shape] for n, e in weights.entries.items()}]
     if isinstance(weights, Renamed):
         return [identity(weights.weights), dict(weights.names)]
-    if isinstance(weights, Bare):
-        return {name: list(shape) for name, shape in weights.shapes.items()}
-    if isinstance(weights, Dequantised):
-        return [identity(weights.weights), weights.dtype]
-    if isinstance(weights, Adapted):
-        return [identity(weights.adapter.weights), weights.adapter.config]
+    if isinstance(weights, View) and (told := weights.identity(identity)) is not None:
+        return [type(weights).__name__, told]
     return digest(weights)

@@ -22,7 +22,6 @@ OTHERS = {
     "genome": "mergekit-evolve",
     "tasks": "mergekit-evolve",
 }
-LORA = "merge the adapter into its model first (PEFT: merge_and_unload) and name the folder of the result"
 
 
 class _Part(BaseModel):
@@ -30,12 +29,21 @@ class _Part(BaseModel):
 
 
 class Ref(_Part):
-    """A model: a folder, or a name on the Hub; ``org/name@revision`` names a branch, tag or commit."""
+    """A model: a folder, or a name on the Hub; ``org/name@revision`` names a branch, tag or commit.
+
+    ``model+lora`` is the model with a LoRA adapter merged into it.
+    """
 
     path: str
     revision: str | None = None
+    lora: str | None = None
 
     def __str__(self) -> str:
+        return f"{self.place}+{self.lora}" if self.lora else self.place
+
+    @property
+    def place(self) -> str:
+        """Where the model lies, without its adapter."""
         return f"{self.path}@{self.revision}" if self.revision else self.path
 
 
@@ -44,17 +52,18 @@ def _ref(told: Any) -> Any:
     if isinstance(told, str):
         if Path(told).exists():
             return {"path": told}
-        model, _, lora = told.partition("+")
-        path, _, revision = model.partition("@")
+        place, _, lora = told.partition("+")
+        path, _, revision = place.partition("@")
     elif isinstance(told, dict) and "model" in told and told.keys() <= {"model", "lora", "override_architecture"}:
-        return _ref(told["model"] if not told.get("lora") else f"{told['model']}+{told['lora']}")
+        if isinstance(found := _ref(told["model"]), dict) and (adapter := told.get("lora")):
+            text = adapter if isinstance(adapter, str) else str(Ref.model_validate(adapter))
+            return {**found, "lora": text}
+        return found
     elif isinstance(told, dict | Ref):
         return told
     else:
         raise ValueError("a model is a folder or a name on the Hub")
-    if lora:
-        raise ValueError(f"'{lora}' is a LoRA adapter: {LORA}")
-    return {"path": path, "revision": revision or None}
+    return {"path": path, "revision": revision or None, "lora": lora or None}
 
 
 def _dtype(told: Any) -> Any:

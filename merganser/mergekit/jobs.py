@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MerganserError, RecipeError, did_you_mean
+from ..weights.adapter import Adapter
 from ..weights.header import FLOATS, Head, Weights, folder_of, header, shape_of
 from ..weights.match import Matched, match
 from ..weights.open import Source as Place
@@ -20,7 +21,7 @@ from .config import Config, Ref, Slice, Source, read_config
 from .layers import Laid, stacked, stacks, unfit, whole
 from .methods import METHODS, Method, refused
 from .settings import check, filters, resolve
-from .views import Origin, Zeros, promoted, taken
+from .views import Origin, Tuned, Zeros, promoted, taken
 from .vocabulary import one_vocabulary
 
 if TYPE_CHECKING:
@@ -53,6 +54,12 @@ class Plan:
     def names(self) -> list[str]:
         """The tensors that are merged, not copied."""
         return [name for job in self.jobs for name in job.names]
+
+    @property
+    def inputs(self) -> list[Any]:
+        """All that is read: models, and adapters merged into them."""
+        adapters = [weights.adapter for weights in self.models.values() if isinstance(weights, Tuned)]
+        return [*self.models.values(), *map(folder_of, self.models.values()), *adapters]
 
     @property
     def spec(self) -> dict[str, Head]:
@@ -151,7 +158,7 @@ def _planned(
     )  # fmt: skip
     for part, origin in zip(laid, origins, strict=True):
         with _gathered(wrong):
-            _add(made, part, origin, {ref: (models[ref], short[ref]) for ref in refs}, seed)
+            _add(made, part, origin, {ref: (models[ref], short[ref]) for ref in refs}, seed, opened is open_headers)
     _note_filters(made)
     return made
 
@@ -197,14 +204,23 @@ def _contract(where: str, method: Method | None, one: Slice, base: Ref | None) -
         raise RecipeError(f"{where}: '{method.name}' takes {want} model{'s' * (want != '1')}{beside}, got {count}")
 
 
-def _place(ref: Ref, folder: Path) -> str:
+def _place(path: str, revision: str | None, folder: Path) -> str:
     """Return where a model lies: a path from here or from the YAML's folder, else a name on the Hub."""
-    for path in (Path(ref.path), folder / ref.path):
-        if path.exists():
-            if ref.revision:
-                raise RecipeError(f"'{ref}' is a folder on this machine, which has no revisions")
-            return str(path)
-    return str(ref)
+    told = f"{path}@{revision}" if revision else path
+    for place in (Path(path), folder / path):
+        if place.exists():
+            if revision:
+                raise RecipeError(f"'{told}' is a folder on this machine, which has no revisions")
+            return str(place)
+    return told
+
+
+def _tuned(ref: Ref, model: Weights, adapter: Weights) -> Weights:
+    """Return a model with its LoRA adapter merged into it."""
+    if not isinstance(adapter, Adapter) or isinstance(model, Adapter):
+        wrong = f"{ref.place} is an adapter" if isinstance(model, Adapter) else f"{ref.lora} is no LoRA adapter"
+        raise RecipeError(f"'{ref}': {wrong}; write model+adapter")
+    return Tuned(model, adapter)
 
 
 def _opened(
@@ -214,8 +230,14 @@ def _opened(
     models, places = {}, {}
     for ref in refs:
         with _gathered(wrong):
-            places[ref] = _place(ref, folder)
-            models[ref] = opened(places[ref])
+            places[ref] = _place(ref.path, ref.revision, folder)
+            model = opened(places[ref])
+            if ref.lora:
+                path, _, revision = ref.lora.partition("@")
+                at = _place(path, revision or None, folder)
+                model = _tuned(ref, model, opened(at))
+                places[ref] += f"+{Path(at).name}"
+            models[ref] = model
     return models, places
 
 
@@ -259,7 +281,7 @@ def _note_filters(made: Plan) -> None:
                     made.notes.append(f"{where}.{name}: no tensor's name has '{one}' in it{glob}")
 
 
-def _add(made: Plan, laid: Laid, origin: Ref, models: Mapping[Ref, tuple[Weights, str]], seed: int) -> None:
+def _add(made: Plan, laid: Laid, origin: Ref, models: Mapping[Ref, tuple[Weights, str]], seed: int, peek: bool) -> None:
     """Add the job of one slice to the plan, and its tensors to the output."""
     from ..loop import Job
 
@@ -272,7 +294,7 @@ def _add(made: Plan, laid: Laid, origin: Ref, models: Mapping[Ref, tuple[Weights
     }
     if laid.layers is None:
         _note_beyond(made, laid, {models[ref][1]: models[ref][0] for ref in refs})
-    matched = match(views[origin], {models[ref][1]: views[ref] for ref in refs if ref != origin})
+    matched = match(views[origin], {models[ref][1]: views[ref] for ref in refs if ref != origin}, peek=peek)
     based = _base(made.config, laid.slice) if made.method.base != "none" else None
     experts = {models[ref][1]: matched.base if ref == origin else matched.experts[models[ref][1]] for ref in refs}
     if based is not None:

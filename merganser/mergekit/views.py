@@ -1,10 +1,11 @@
 """Weights as slices see them: tensors of one model under the output's names, and a base of zeros where there is none."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ..weights.header import FLOATS, Head, Headers, View, Weights, header
+from ..weights.adapter import Adapted, Adapter
+from ..weights.header import FLOATS, Head, Headers, View, Weights, folder_of, header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +32,39 @@ class Taken(View):
     def header(self, name: str) -> Head:
         """Return dtype name and shape of a tensor without its bytes."""
         return header(self.weights, self.names[name])
+
+    def identity(self, of: Callable[[Weights], Any]) -> Any:
+        """Return the model and the names."""
+        return [of(self.weights), self.names]
+
+
+class Tuned(View):
+    """A model with a LoRA adapter merged into it, in the model's own dtypes, as PEFT's merge_and_unload leaves it."""
+
+    def __init__(self, base: Weights, adapter: Adapter):
+        self.base, self.adapter, self.whole = base, adapter, Adapted(base, adapter)
+        self.path = folder_of(base)
+
+    def __getitem__(self, name: str) -> "Tensor":
+        tensor = self.whole[name]
+        return tensor.to(self.base[name].dtype) if self.whole.touches(name) else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.base)
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.base
+
+    def header(self, name: str) -> Head:
+        """Return dtype name and shape of a tensor without its bytes."""
+        return header(self.base, name)
+
+    def identity(self, of: Callable[[Weights], Any]) -> Any:
+        """Return model and adapter."""
+        return [of(self.base), of(self.whole)]
 
 
 def taken(weights: Weights, names: Mapping[str, str]) -> Weights:
@@ -69,6 +103,10 @@ class Zeros(View):
     def header(self, name: str) -> Head:
         """Return dtype name and shape of a tensor."""
         return header(self.weights, name)
+
+    def identity(self, of: Callable[[Weights], Any]) -> Any:
+        """Return names and shapes."""
+        return {name: header(self.weights, name)[1] for name in self.weights}
 
 
 class Origin(View):

@@ -46,7 +46,7 @@ def merge_config(
     output = Output(made.origin, made.names, check_output(made.dtype, "model"))
     if into is None:
         return output.in_memory(made.jobs, progress)
-    refuse_overwriting(into, *made.models.values(), *map(folder_of, made.models.values()))
+    refuse_overwriting(into, *made.inputs)
 
     def carried(staging: Path) -> None:
         if made.write_tokenizer is not None:

@@ -233,6 +233,10 @@ class Adapted(View):
             more = f"; so do {len(faults) - 1} more" if len(faults) > 1 else ""
             raise WeightsError(f"{self.path}: {faults[0]}{more}: an adapter of another base", [])
 
+    def identity(self, of: "Callable[[Weights], Any]") -> Any:
+        """Return the adapter; the base is known where the merge has it."""
+        return [of(self.adapter.weights), self.adapter.config]
+
     def _turned(self) -> set[str]:
         """Return the weights that lie [in, out], as those of transformers' Conv1D: shapes tell, but for square ones.
 
@@ -375,6 +379,10 @@ class Bare(View):
         """Yield zeros, ``step`` at a time, that take no memory."""
         flat = math.prod(self.shapes[name])
         yield from (self[name].new_zeros(()).expand(min(step, flat - at)) for at in range(0, flat, step))
+
+    def identity(self, of: "Callable[[Weights], Any]") -> Any:
+        """Return the shapes."""
+        return self.shapes
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)

@@ -1,7 +1,7 @@
 """Experts stored as what they add to their base: LoRA adapters, and what ``merge(..., stored="delta")`` wrote."""
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from ..errors import WeightsError
 from .adapter import Adapted, Adapter
@@ -63,6 +63,10 @@ class Sum(View):
         """Return dtype name and shape of a tensor without its bytes."""
         dtype, shape = header(self.base, name)
         return ("F64" if dtype == "F64" else "F32") if self.touches(name) else dtype, shape
+
+    def identity(self, of: Callable[[Weights], Any]) -> Any:
+        """Return base and delta."""
+        return [of(self.base), of(self.weights)]
 
     def touches(self, name: str) -> bool:
         """Tell whether the delta has this tensor."""

@@ -5,9 +5,9 @@ Whatever is a mapping from name to tensor is weights. One that knows more than t
 """
 
 import fnmatch
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import WeightsError
 from .renamed import Renamed
@@ -120,6 +120,10 @@ class View(Mapping[str, "Tensor"]):
         """Return dtype name and shape of a tensor without its bytes."""
         raise NotImplementedError
 
+    def identity(self, of: "Callable[[Weights], Any]") -> Any:
+        """Return what tells the view from others, ``of`` being what tells weights below it; None: only its bytes do."""
+        return None
+
     def touches(self, name: str) -> bool:
         """Tell whether a tensor may differ from the base's, where the view is over one."""
         return True
@@ -160,6 +164,12 @@ class Picked(View):
     def header(self, name: str) -> Head:
         """Return dtype name and shape of a tensor without its bytes."""
         return header(*self.parts[name])
+
+    def identity(self, of: "Callable[[Weights], Any]") -> Any:
+        """Return the weights below, and which tensor is whose."""
+        below = list({id(weights): weights for weights, _ in self.parts.values()}.values())
+        place = {id(weights): k for k, weights in enumerate(below)}
+        return [[*map(of, below)], {n: [place[id(weights)], there] for n, (weights, there) in self.parts.items()}]
 
     def touches(self, name: str) -> bool:
         """Tell whether a tensor may differ from the base's."""

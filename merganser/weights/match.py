@@ -32,6 +32,7 @@ def match(
     *,
     vocabulary: str | None = None,
     sources: Mapping[str, Any] | None = None,
+    peek: bool = False,
 ) -> Matched:
     """Return base and experts under the same names and shapes.
 
@@ -45,8 +46,8 @@ def match(
     - vocabularies may differ where ``vocabulary`` says what to do (`vocabulary.match_vocabularies`; ``sources`` are
       folders of tokenizers by model for weights in memory). Other shapes must be equal.
 
-    Only headers are read, the bytes of candidates for a tie, and tokenizer files. Raises one WeightsError for all
-    that is wrong with all experts; three names are given of each kind.
+    Only headers are read, the bytes of candidates for a tie (with ``peek`` a few), and tokenizer files. Raises one
+    WeightsError for all that is wrong with all experts; three names are given of each kind.
     """
     experts = {who: over(base, weights) for who, weights in experts.items()}
     wrong = _Wrong()
@@ -65,7 +66,7 @@ def match(
     for who, weights in views.items():
         wrong.shapes(who, base, weights, names, tables)
     wrong.tell()
-    alike = canonical(base, views)
+    alike = canonical(base, views, peek=peek)
     matched, others, writer = fitted(found, base, views, vocabulary)
     return Matched(names, matched, others, alike, writer)
 

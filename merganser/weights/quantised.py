@@ -6,7 +6,7 @@ merge belongs to them, not to the model that was quantised.
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +88,10 @@ class Dequantised(View):
             first, last = at // one.width, -(-stop // one.width)
             block = self._rows(one, first, last).reshape(-1)
             yield block[at - first * one.width : stop - first * one.width].to(kind)
+
+    def identity(self, of: "Callable[[Weights], Any]") -> Any:
+        """Return what is dequantised, and as what."""
+        return [of(self.weights), self.dtype]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

@@ -36,14 +36,16 @@ def tied_copy(weights: Weights, name: str, among: Iterable[str]) -> str | None:
     return None
 
 
-def canonical(base: Weights, experts: Mapping[str, Weights]) -> dict[str, str]:
+def canonical(base: Weights, experts: Mapping[str, Weights], *, peek: bool = False) -> dict[str, str]:
     """Return, for tensors that are tied in the base and in every expert, the name whose random numbers they share.
 
     ``{"lm_head.weight": "embed.weight"}``: a step that draws must treat both alike, or the merged model is no longer
-    tied. Pairs of the same dtype and shape are compared, first by a few of their bytes, in full only where those agree.
+    tied. Pairs of the same dtype and shape are compared, first by a few of their bytes, in full only where those agree;
+    not in full with ``peek``, for a check before any tensor is read. What is
+    constant in every model (a fresh norm) is tied to nothing.
     """
-    known = (as_stored(base), *experts.values())
-    if getattr(base, "made_up", False) or any(isinstance(weights, Headers) for weights in known):
+    known = (base, *experts.values())
+    if getattr(base, "made_up", False) or any(isinstance(as_stored(weights), Headers) for weights in known):
         return {}
     packed = base.packed if isinstance(base, Dequantised) else {}  # tied ones are not quantised, and dear to compare
     groups: dict[tuple[Head, bytes], list[str]] = defaultdict(list)
@@ -55,7 +57,8 @@ def canonical(base: Weights, experts: Mapping[str, Weights]) -> dict[str, str]:
         for first, other in combinations(names, 2):
             if other in found or first in found or any(n not in w for w in experts.values() for n in (first, other)):
                 continue
-            if all(same(weights, first, other) for weights in (base, *experts.values())):
+            tied = all((_alike if peek else same)(weights, first, other) for weights in known)
+            if tied and not all(_constant(weights[first]) for weights in known):
                 found[other] = first
     return found
 
@@ -64,10 +67,14 @@ def same(weights: Weights, one: str, other: str) -> bool:
     """Tell whether two tensors of ``weights`` have the same dtype, shape and bytes; NaN equals itself."""
     import torch
 
-    if header(weights, one) != header(weights, other) or _sample(weights, one) != _sample(weights, other):
+    if not _alike(weights, one, other):
         return False
     a, b = weights[one], weights[other]
     return _shared(a, b) or torch.equal(_bytes(a), _bytes(b))
+
+
+def _alike(weights: Weights, one: str, other: str) -> bool:
+    return header(weights, one) == header(weights, other) and _sample(weights, one) == _sample(weights, other)
 
 
 def _pairs(weights: Weights) -> dict[str, Head]:
@@ -101,4 +108,5 @@ def _shared(a: "Tensor", b: "Tensor") -> bool:
 
 def _constant(tensor: "Tensor") -> bool:
     flat = tensor.reshape(-1)
-    return bool((flat == flat[0]).all())
+    # a few entries first: most tensors differ there, and need not be read
+    return bool((flat[:64] == flat[0]).all()) and bool((flat == flat[0]).all())

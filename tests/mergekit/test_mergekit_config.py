@@ -57,7 +57,6 @@ def fault(models: Path, text: str) -> str:
         (TIES + "dtype: bflot16", "'dtype': unknown dtype (did you mean 'bfloat16'?)"),
         (TIES.replace("base_model: base", ""), "'ties' needs base_model"),
         (TIES.replace("{model: b", "{model: a"), "'a' is there twice"),
-        (TIES.replace("{model: b", "{model: b+lora"), "'lora' is a LoRA adapter"),
         (TIES.replace("{model: b", "{model: b@main"), "'b@main' is a folder on this machine"),
         (TIES.replace("{model: b", "{model: 3"), "a model is a folder or a name on the Hub, got 3"),
         (TIES + "---" + TIES, "holds 2 configs, as for mergekit-multi"),

@@ -258,8 +258,21 @@ def test_random_numbers_are_shared_where_every_model_is_tied():
     assert canonical(base, {"x": expert, "y": expert}) == {"head.weight": "embed.weight"}
     untied = {**expert, "head.weight": expert["head.weight"] + 1e-3}
     assert canonical(base, {"x": expert, "y": untied}) == {}
+    fresh = {n: torch.ones(6) for n in "ab"}
+    assert canonical(fresh, {"x": fresh, "y": fresh}) == {}  # two fresh norms
+    assert canonical(fresh, {"x": {n: torch.arange(6.0) for n in "ab"}}) == {"b": "a"}
     three = {n: torch.arange(6.0) for n in "abc"}
     assert canonical(three, {"x": three}) == {"b": "a", "c": "a"}
+
+
+def test_a_check_looks_at_a_few_bytes_of_what_may_be_tied():
+    long = torch.arange(10_000.0)
+    other = long.clone()
+    other[4000] = 1e-30  # between the places that are looked at
+    for model, peeked, read in (({"a": long, "b": long.clone()}, {"b": "a"}, {"b": "a"}),
+                                ({"a": long, "b": other}, {"b": "a"}, {}), ({"a": long, "b": long + 1}, {}, {})):  # fmt: skip
+        assert canonical(model, {"x": model}, peek=True) == peeked
+        assert canonical(model, {"x": model}) == read
 
 
 def test_a_random_merge_of_tied_models_is_tied():
