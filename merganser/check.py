@@ -202,23 +202,41 @@ def _locked(lock: Path) -> bool:
 
 def check_config(path: str | Path, into: str | Path | None = None, shard_size: int | str | None = None) -> Findings:
     """Return all that will go wrong with a mergekit config."""
-    from .mergekit import plan
+    from .mergekit import plans
 
     found = Findings(plan={"config": str(path), "into": None if into is None else str(into)})
     with found.gather("output"):
         check_shards(shard_size, into, "model")
     with found.gather("config"):
-        told = plan(path)
-        found.plan |= {"sentence": told.sentence, "experts": list(told.models)}
-        for text in told.notes:
-            found.note(text, "config")
-        foresee(found, told.jobs, told.spec, told.models)
-        with found.gather("output"):
-            if into is not None:
-                refuse_overwriting(into, *told.inputs)
+        told = plans(path, into)
+        several = len(told) > 1
+        for one, folder in told:
+            where = f"config '{one.config.name or ''}'" if several else "config"
+            alone = Findings(plan={"sentence": one.sentence, "experts": list(one.models)})
+            for text in one.notes:
+                alone.note(text, where)
+            foresee(alone, one.jobs, one.spec, one.models)
+            if folder is not None:
+                with alone.gather("output"):
+                    refuse_overwriting(folder, *one.inputs)
+                if several and one.config.name:
+                    check_folder(alone, folder)
+            found.add(alone)
+            found.numbers = _summed(found.numbers, alone.numbers)
+            found.plan |= {"configs": [*found.plan.get("configs", []), alone.plan]} if several else alone.plan
     if into is not None:
         check_folder(found, Path(into), found.numbers.get("bytes_written"))
     return found
+
+
+def _summed(numbers: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the numbers of merges one after the other."""
+    added = ("tensors", "merged", "bytes_read", "bytes_written", "passes", "whole_tensors", "seconds")
+    if not numbers:
+        return dict(more)
+    largest = max((numbers["largest"], more["largest"]), key=lambda one: one["bytes_fp32"])
+    total = {key: numbers[key] + more[key] for key in added}
+    return {**more, **total, "memory": max(numbers["memory"], more["memory"]), "largest": largest}
 
 
 def titled(name: str) -> str:

@@ -1,5 +1,5 @@
-"""mergekit's YAML, run by our loop: `merge_config` merges, `plan` says what would be done, from headers alone."""
+"""mergekit's YAML, run by our loop: `merge_config` merges, `plans` says what would be done, from headers alone."""
 
+from .chain import plans as plans
 from .jobs import Plan as Plan
-from .jobs import plan as plan
 from .write import merge_config as merge_config

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import re
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -166,11 +167,26 @@ class Config(_Part):
         return Module(slices=self.slices, models=self.models)
 
 
-def read_config(path: str | Path) -> tuple[Config | None, str, list[str]]:
-    """Return the config at ``path``, its text, and all that is wrong with it, each with the key and the remedy.
+@dataclass(frozen=True)
+class Told:
+    """One config as it was read: what remains of it without its faults (None: nothing), and the faults."""
 
-    Where something is wrong, the config is what remains without it, None if that is none. Raises RecipeError for what
-    is no config at all.
+    config: Config | None
+    text: str
+    wrong: tuple[str, ...]
+    said: dict[str, Any]
+
+    @property
+    def name(self) -> str | None:
+        """Its name among several."""
+        name = self.said.get("name")
+        return None if name is None else str(name)
+
+
+def read_configs(path: str | Path) -> list[Told]:
+    """Return the configs at ``path``, each with all that is wrong with it: the key and the remedy.
+
+    Raises RecipeError for what is no config at all.
     """
     path = Path(path)
     try:
@@ -179,17 +195,26 @@ def read_config(path: str | Path) -> tuple[Config | None, str, list[str]]:
         raise RecipeError(f"{path}: no such config ({error.strerror})") from None
     except UnicodeDecodeError:
         raise RecipeError(f"{path}: not a text file") from None
-    told = _loaded(path, text)
+    said = _loaded(path, text)
+    if len(said) == 1:
+        return [_read(said[0], text)]
+    import yaml
+
+    return [_read(one, yaml.safe_dump(one, sort_keys=False, allow_unicode=True)) for one in said]
+
+
+def _read(said: dict[str, Any], text: str) -> Told:
     try:
-        return Config.model_validate(told), text, []
+        return Told(Config.model_validate(said), text, (), said)
     except ValidationError as error:
-        wrong = _all(error)
+        wrong = tuple(_all(error))
         with contextlib.suppress(ValidationError, LookupError, TypeError):
-            return Config.model_validate(_without(told, [one["loc"] for one in error.errors()])), text, wrong
-    return None, text, wrong
+            left = _without(said, [one["loc"] for one in error.errors()])
+            return Told(Config.model_validate(left), text, wrong, said)
+    return Told(None, text, wrong, said)
 
 
-def _loaded(path: Path, text: str) -> dict[str, Any]:
+def _loaded(path: Path, text: str) -> list[dict[str, Any]]:
     import yaml
 
     class Once(yaml.SafeLoader):
@@ -207,14 +232,9 @@ def _loaded(path: Path, text: str) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise RecipeError(f"{path}: not valid YAML{where}: {getattr(error, 'problem', error)}") from None
-    if len(documents) != 1 or not isinstance(documents[0], dict):
-        raise RecipeError(
-            f"{path}: holds {len(documents)} configs, as for mergekit-multi: put each into its own file and name the "
-            f"folder of one merge as a model of the next"
-            if len(documents) > 1
-            else f"{path}: not a mergekit config: it needs merge_method and models or slices"
-        )
-    return documents[0]
+    if not documents or not all(isinstance(one, dict) for one in documents):
+        raise RecipeError(f"{path}: not a mergekit config: it needs merge_method and models or slices")
+    return documents
 
 
 def _all(error: ValidationError) -> list[str]:

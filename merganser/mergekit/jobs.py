@@ -17,7 +17,7 @@ from ..weights.open import Source as Place
 from ..weights.open import named, open_headers
 from ..weights.stored import first
 from ..weights.vocabulary import BASE, Writer
-from .config import Config, Ref, Slice, Source, read_config
+from .config import Config, Ref, Slice, Source, Told
 from .layers import Laid, stacked, stacks, unfit, whole
 from .methods import METHODS, Method, refused
 from .settings import check, filters, resolve
@@ -75,7 +75,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Told:
+class Sentences:
     """Sentences as a config tells them, tensor by tensor: the `where` of a job."""
 
     sentences: "Mapping[str, Sentence]"
@@ -85,16 +85,18 @@ class Told:
         return self.sentences[name]
 
 
-def plan(path: str | Path, *, seed: int = 0, opened: Callable[[Place], Weights] = open_headers) -> Plan:
-    """Return what the mergekit YAML at ``path`` asks for; no tensor is read.
+def plan_one(
+    path: Path, told: Told, seed: int, opened: Callable[[Place], Weights], made: Mapping[str, Weights] | None = None,
+    who: str = "",
+) -> Plan:  # fmt: skip
+    """Return what one config of the mergekit YAML at ``path`` asks for; no tensor is read.
 
-    ``opened`` opens a model; by default of a model on the Hub only the headers are fetched.
+    ``opened`` opens a model; ``made`` are those that other configs of the file make, by name, ``who`` says which it is.
     Raises one error for all that is wrong: RecipeError (the YAML) or WeightsError (the models).
     """
-    path = Path(path)
-    config, text, said = read_config(path)
-    wrong: list[MerganserError] = [RecipeError(line) for line in said]
-    made = None
+    config = told.config
+    wrong: list[MerganserError] = [RecipeError(line) for line in told.wrong]
+    planned = None
     if config is not None:
         method = METHODS.get(config.merge_method)
         if method is None:
@@ -105,11 +107,12 @@ def plan(path: str | Path, *, seed: int = 0, opened: Callable[[Place], Weights] 
         else:
             wrong += [RecipeError(line) for line in _faults(config, method)]
         with _gathered(wrong):
-            made = _planned(path, config, text, method, seed, opened, wrong)
-    if wrong or made is None:
-        parts = list(dict.fromkeys(part for error in wrong for part in error.parts or (str(error),)))
+            planned = _planned(path, config, told.text, method, seed, opened, made or {}, wrong)
+    if wrong or planned is None:
+        of = f"{who}: " if who else ""
+        parts = list(dict.fromkeys(of + part for error in wrong for part in error.parts or (str(error),)))
         raise type(wrong[0])(f"{path}: {'; '.join(parts)}", parts)
-    return made
+    return planned
 
 
 @contextmanager
@@ -123,7 +126,7 @@ def _gathered(wrong: list[MerganserError]) -> Iterator[None]:
 
 def _planned(
     path: Path, config: Config, text: str, method: Method | None, seed: int, opened: Callable[[Place], Weights],
-    wrong: list[MerganserError],
+    made: Mapping[str, Weights], wrong: list[MerganserError],
 ) -> Plan | None:  # fmt: skip
     """Return the plan; None where something prevents it, which is in ``wrong`` then."""
     slices = _slices(config)
@@ -132,7 +135,7 @@ def _planned(
         with _gathered(wrong):
             where = f"slices[{k}]" if config.inputs.slices else "models"
             _contract(where, method, one, _base(config, one))
-    models, places = _opened(refs, path.parent, opened, wrong)
+    models, places = _opened(refs, path.parent, opened, made, wrong)
     if config.inputs.slices:
         wrong += unfit(slices, models)
     if wrong or method is None:
@@ -152,15 +155,15 @@ def _planned(
             notes.append(f"'{extra}*' is a second stack of layers: it is taken whole, from the last slice")
     else:
         laid = [whole(slices[0], list(models[origins[0]]))]
-    made = Plan(
+    plan = Plan(
         path, config, text, method, {short[ref]: weights for ref, weights in models.items()}, short, laid, [],
         Origin(folder_of(models[refs[0]])), config.out_dtype or config.dtype, {}, notes, writer,
     )  # fmt: skip
     for part, origin in zip(laid, origins, strict=True):
         with _gathered(wrong):
-            _add(made, part, origin, {ref: (models[ref], short[ref]) for ref in refs}, seed, opened is open_headers)
-    _note_filters(made)
-    return made
+            _add(plan, part, origin, {ref: (models[ref], short[ref]) for ref in refs}, seed, opened is open_headers)
+    _note_filters(plan)
+    return plan
 
 
 def _slices(config: Config) -> list[Slice]:
@@ -224,14 +227,18 @@ def _tuned(ref: Ref, model: Weights, adapter: Weights) -> Weights:
 
 
 def _opened(
-    refs: Sequence[Ref], folder: Path, opened: Callable[[Place], Weights], wrong: list[MerganserError]
+    refs: Sequence[Ref],
+    folder: Path,
+    opened: Callable[[Place], Weights],
+    made: Mapping[str, Weights],
+    wrong: list[MerganserError],
 ) -> tuple[dict[Ref, Weights], dict[Ref, str]]:
     """Open all models; return those that can be opened, and where they lie."""
     models, places = {}, {}
     for ref in refs:
         with _gathered(wrong):
-            places[ref] = _place(ref.path, ref.revision, folder)
-            model = opened(places[ref])
+            places[ref] = ref.path if ref.path in made else _place(ref.path, ref.revision, folder)
+            model = made[ref.path] if ref.path in made else opened(places[ref])
             if ref.lora:
                 path, _, revision = ref.lora.partition("@")
                 at = _place(path, revision or None, folder)
@@ -316,7 +323,7 @@ def _add(made: Plan, laid: Laid, origin: Ref, models: Mapping[Ref, tuple[Weights
     told = {text: _parsed(text) for text in set(texts.values())}
     usual = told[Counter(texts.values()).most_common(1)[0][0]]
     base = matched.base if based is not None else Zeros(matched.base)
-    where: Any = Told({name: told[text] for name, text in texts.items()})
+    where: Any = Sentences({name: told[text] for name, text in texts.items()})
     made.jobs.append(Job(base, experts, usual, list(texts), seed, {}, where, _alike(matched, texts)))
 
 

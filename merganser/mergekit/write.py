@@ -1,16 +1,21 @@
 """Merge what a mergekit YAML says, and put config, tokenizer and the YAML itself beside the weights."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..card import read_card
+from ..errors import RecipeError
 from ..progress import Progress, silent
-from ..weights.header import folder_of
+from ..weights.header import Weights, folder_of
 from ..weights.open import open_weights
 from ..weights.save import refuse_overwriting
+from ..weights.stored import Stored
 from ..weights.tokenizer import edit_json, read_config, write_dtype
-from .jobs import Plan, plan
+from .chain import in_order, plans
+from .config import Told, read_configs
+from .jobs import Plan, plan_one
 from .layers import restack, stacks
 
 if TYPE_CHECKING:
@@ -32,21 +37,67 @@ def merge_config(
     """Merge as the mergekit YAML at ``path`` says, into a folder, or in memory without one.
 
     Numbers are mergekit's up to rounding: computed in fp32, rounded once. ``say`` is told in a line each what differs
-    from the papers and what the config does not do; ``shard_size`` as in `merge`.
+    from the papers and what the config does not do; ``shard_size`` as in `merge`. Of several configs in the file those
+    that have a name are written to INTO/name, and are not merged again while they and what they are of stay as they are.
     Raises RecipeError (the YAML), WeightsError, SentenceError.
     """
     from ..examine import check_output, check_shards
     from ..merge import Output
 
     check_shards(shard_size, into, "model")
-    made = plan(path, seed=seed, opened=open_weights)
-    template = chat_template(made)
+    told = read_configs(path)
+    if len(told) > 1:
+        return _in_turn(Path(path), told, into, seed, shard_size, progress, say)
+    made = plan_one(Path(path), told[0], seed, open_weights)
     for note in made.notes:
         say(note)
-    output = Output(made.origin, made.names, check_output(made.dtype, "model"))
     if into is None:
+        output = Output(made.origin, made.names, check_output(made.dtype, "model"))
         return output.in_memory(made.jobs, progress)
     refuse_overwriting(into, *made.inputs)
+    return _streamed(made, Path(into), seed, shard_size, progress)
+
+
+def _in_turn(
+    path: Path, told: Sequence[Told], into: str | Path | None, seed: int, shard_size: int | str | None,
+    progress: Progress, say: Callable[[str], None],
+) -> "Mapping[str, Tensor]":  # fmt: skip
+    """Merge several configs, those first that others name; one that is done already is left as it is."""
+    from ..merge import job_key
+
+    if into is None:
+        raise RecipeError(
+            f"{path}: holds {len(told)} configs, one of another's result: give a folder for them (into=FOLDER)"
+        )
+    for planned, folder in plans(path, into, seed=seed):
+        refuse_overwriting(folder or into, *planned.inputs)
+    made: dict[str, Weights] = {}
+    written: Mapping[str, Tensor] = {}
+    for one in in_order(path, told):
+        folder = Path(into) / (one.name or "")
+        planned = plan_one(path, one, seed, open_weights, made)
+        key = job_key(card_of(planned, seed, shard_size), planned.jobs)
+        if (read_card(folder) or {}).get("job") == key:
+            say(f"{folder}: done already")
+            written = Stored(folder)
+        else:
+            for note in planned.notes:
+                say(f"{one.name}: {note}" if one.name else note)
+            written = _streamed(planned, folder, seed, shard_size, progress, {"job": key})
+        if one.name:
+            made[one.name] = written
+    return written
+
+
+def _streamed(
+    made: Plan, into: Path, seed: int, shard_size: int | str | None, progress: Progress,
+    more: Mapping[str, Any] | None = None,
+) -> "Stored":  # fmt: skip
+    from ..examine import check_output
+    from ..merge import Output
+
+    output = Output(made.origin, made.names, check_output(made.dtype, "model"))
+    template = chat_template(made)
 
     def carried(staging: Path) -> None:
         if made.write_tokenizer is not None:
@@ -57,11 +108,12 @@ def merge_config(
             (staging / TEMPLATE).write_text(template, encoding="utf-8")
             edit_json(staging / "tokenizer_config.json", lambda told: told.pop("chat_template", None))
 
-    card = card_of(made, seed) | ({"shard_size": shard_size} if shard_size is not None else {})
-    return output.streamed(made.jobs, Path(into), card, carried=carried, progress=progress)
+    return output.streamed(made.jobs, into, card_of(made, seed, shard_size, more), carried=carried, progress=progress)
 
 
-def card_of(made: Plan, seed: int) -> dict[str, Any]:
+def card_of(
+    made: Plan, seed: int, shard_size: int | str | None = None, more: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Return how the result comes to be: method, models, sentences, and the YAML."""
     most = sorted(made.sentences.items(), key=lambda item: -item[1])
     return {
@@ -70,6 +122,8 @@ def card_of(made: Plan, seed: int) -> dict[str, Any]:
         "seed": seed,
         "own": [],
         **({"dtype": made.dtype} if made.dtype else {}),
+        **({"shard_size": shard_size} if shard_size is not None else {}),
+        **(more or {}),
         "mergekit": {
             "method": made.method.name,
             "models": {name: str(ref) for ref, name in made.short.items()},

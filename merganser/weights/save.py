@@ -11,7 +11,7 @@ from ..card import write_card
 from ..errors import WeightsError
 from .quantised import say
 from .settle import TAGS
-from .stored import INDEX, PICKLES, Stored
+from .stored import INDEX, PART, PICKLES, Stored
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,8 +46,13 @@ def refuse_overwriting(folder: str | Path, *sources: Any) -> None:
     target = Path(folder).resolve()
     for source in sources:
         path = getattr(source, "path", source)
-        if isinstance(path, str | Path) and target in (Path(path).resolve(), Path(path).resolve().parent):
+        if isinstance(path, str | Path) and target in _holders(Path(path).resolve()):
             raise WeightsError(f"{folder} holds an input ({path}); give another folder for the result")
+
+
+def _holders(path: Path) -> tuple[Path, ...]:
+    """Return the folders whose model ``path`` is, or belongs to."""
+    return (path, path.parent) if path.is_file() or PART.fullmatch(path.name) else (path,)
 
 
 def short(card: Mapping[str, Any] | None) -> dict[str, str]:

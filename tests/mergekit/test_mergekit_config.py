@@ -7,7 +7,7 @@ from llamas import family, write_all
 
 from merganser import check
 from merganser.errors import MerganserError, RecipeError, WeightsError
-from merganser.mergekit import merge_config, plan
+from merganser.mergekit import merge_config, plans
 
 TIES = """
 merge_method: ties
@@ -28,7 +28,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fault(models: Path, text: str) -> str:
     (models / "config.yml").write_text(text)
     with pytest.raises(MerganserError) as caught:
-        plan(models / "config.yml")
+        plans(models / "config.yml")
     said = str(caught.value)
     assert "\n" not in said
     assert said.startswith(str(models / "config.yml"))
@@ -59,7 +59,6 @@ def fault(models: Path, text: str) -> str:
         (TIES.replace("{model: b", "{model: a"), "'a' is there twice"),
         (TIES.replace("{model: b", "{model: b@main"), "'b@main' is a folder on this machine"),
         (TIES.replace("{model: b", "{model: 3"), "a model is a folder or a name on the Hub, got 3"),
-        (TIES + "---" + TIES, "holds 2 configs, as for mergekit-multi"),
         (TIES + "dtype: float32\ndtype: float16", "'dtype' is there twice"),
         (TIES + ": : [", "not valid YAML, line"),
         ("- a", "not a mergekit config"),
@@ -143,7 +142,7 @@ def test_an_unknown_key_explains_what_is_missing_beside_it(models: Path) -> None
 
 def test_the_faults_have_their_classes(models: Path) -> None:
     with pytest.raises(RecipeError, match="no such config"):
-        plan(models / "none.yml")
+        plans(models / "none.yml")
     (models / "config.yml").write_text(TIES.replace("{model: b", "{model: ./none"))
     with pytest.raises(WeightsError, match="no such file or folder"):
         merge_config(models / "config.yml")
@@ -178,7 +177,7 @@ def test_an_input_is_not_overwritten(models: Path) -> None:
 )
 def test_what_a_reader_should_know_is_noted(models: Path, text: str, note: str) -> None:
     (models / "config.yml").write_text(text)
-    assert any(note in said for said in plan(models / "config.yml").notes)
+    assert any(note in said for said in plans(models / "config.yml")[0][0].notes)
 
 
 def test_other_spellings_are_read(models: Path) -> None:
@@ -186,7 +185,7 @@ def test_other_spellings_are_read(models: Path) -> None:
         f"merge_method: linear\nname: mine\nout_dtype: torch.float16\nparameters: {{weight: '1e-1'}}\n"
         f"models:\n - model: {{model: {{path: a}}, lora: null}}\n - model: {{path: {models / 'b'}}}\n"
     )
-    made = plan(models / "config.yml")
+    made = plans(models / "config.yml")[0][0]
     assert list(made.models) == ["a", "b"]
     assert made.sentences == {"average(weights={'a': 0.1, 'b': 0.1})": 39}
     assert {kind for kind, _ in made.spec.values()} == {"F16"}

@@ -8,7 +8,7 @@ import torch
 from llamas import family, shapes, write, write_all
 
 from merganser.errors import RecipeError, WeightsError
-from merganser.mergekit import merge_config, plan
+from merganser.mergekit import merge_config, plans
 from merganser.mergekit.layers import comes_first, restack, stacks
 from merganser.mergekit.settings import Parameter, resolve
 
@@ -113,7 +113,7 @@ def test_tensors_of_one_model_alone_are_noted_and_left_out(tmp_path: Path) -> No
     (root / "c.yml").write_text(
         "merge_method: task_arithmetic\nbase_model: base\nmodels: [{model: a, parameters: {weight: 1}}]\n"
     )
-    made = plan(root / "c.yml")
+    made = plans(root / "c.yml")[0][0]
     assert "'a' has 'score.weight', which the others lack: left out" in made.notes
     assert set(made.spec) == set(shapes())
 
@@ -126,7 +126,7 @@ def test_a_tensor_that_an_expert_lacks_is_an_error(tmp_path: Path) -> None:
         "merge_method: task_arithmetic\nbase_model: base\nmodels: [{model: a, parameters: {weight: 1}}]\n"
     )
     with pytest.raises(WeightsError, match=r"expert 'a' lacks 'model\.layers\.2\.mlp\.up_proj\.weight'"):
-        plan(root / "c.yml")
+        plans(root / "c.yml")
 
 
 def test_dtypes_promote_as_in_torch(tmp_path: Path) -> None:
@@ -167,4 +167,4 @@ def test_rows_that_differ_ask_for_a_tokenizer(tmp_path: Path) -> None:
         "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: base}, {model: a}]\n"
     )
     with pytest.raises(RecipeError, match="add tokenizer_source: base"):
-        plan(tmp_path / "c.yml")
+        plans(tmp_path / "c.yml")
