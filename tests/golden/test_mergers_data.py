@@ -2,8 +2,8 @@
 
 Published RegMean has no ridge: `ridge=0` is compared exactly, and the default must be near it.
 Not compared: regmeanpp/* (merges layer by layer, each on the inputs that the merged layers below give), surgery/*
-(an adapter behind the merged model) and prodistill/* (learned coefficients) are no combining steps; distac/* is a step
-that adapts experts before the merge. They have homes of their own.
+(an adapter behind the merged model) and prodistill/* (learned coefficients) are no combining steps, and not offered.
+distac/* is a step that adapts experts before the merge: `test_distac_loss`.
 """
 
 from functools import reduce
@@ -22,7 +22,7 @@ CASES = described("mergers_data")
 FISHER = [n for n in CASES if n.startswith("fisher/") and n != "fisher/full_toy"]
 REGMEAN = [n for n in CASES if n.startswith("regmean/closed")]
 FULL = ["fisher/full_toy", "regmean/full_toy"]
-NOT_OFFERED = ("regmeanpp/", "distac/", "surgery/", "prodistill/")
+ELSEWHERE = ("regmeanpp/", "distac/", "surgery/", "prodistill/")
 
 
 class Toy(nn.Module):
@@ -116,5 +116,5 @@ def test_regmean_from_data() -> None:
 
 def test_every_case_is_compared_or_named_above() -> None:
     left = set(CASES) - {*FISHER, *REGMEAN, *FULL}
-    assert all(n.startswith(NOT_OFFERED) for n in left)
+    assert all(n.startswith(ELSEWHERE) for n in left)
     assert (len(FISHER), len(REGMEAN), len(FULL), len(left)) == (4, 3, 2, 9)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ...errors import HeadError
@@ -61,7 +62,7 @@ def distac(
     Nothing is asked of the other heads (that is `ri`'s part; ``distac | ri`` is a sentence).
     Only tensors that fine-tuning moved are trained; batch norms keep the expert's running statistics. As in `ri`, a
     share ``held_out`` of the inputs tells when to stop, and ``micro`` saves memory. Defaults are those of the published
-    code, but ``by`` is ours (its example has 0.1), and whether its pull is a sum, as here, or a mean we could not confirm.
+    code, whose loss and gradient these are, but ``by`` is ours (its example has 0.1).
 
     Raises HeadError if ``own`` is not among the heads; ValueError at a knob out of range.
     Source: DisTaC: Conditioning Task Vectors via Distillation for Robust Model Merging (ICLR 2026).
@@ -88,17 +89,27 @@ def distac(
     start = {n: base[n].float() + by * (expert[n].float() - base[n].float()) for n in names}
     moving = Moving(start)
     student = Student(expert, encoder, inputs, moving, _precision)
-    softer = temperature * sharper
 
     def loss(at: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        target = head(targets[row[at]]) / temperature
-        gap = temperature * softer * distance("kl", target, head(student(at).cpu()) / softer).mean()
-        far = sum((moving.params[n] - moving.whole[n]).square().sum() for n in names)
+        gap = distilled(head(targets[row[at]]), head(student(at).cpu()), temperature, temperature * sharper)
+        far = pulled({n: moving.params[n] for n in names}, moving.whole)
         return gap + pull * far.cpu(), {"own": gap.detach()}
 
     plan = Plan(steps, lr, weight_decay, patience=patience)
     best = home(student.train(loss, split, plan, micro=micro, checkpoint=_checkpoint, log=_log, tick=_tick))
     return {n: best[n].to(expert[n].dtype) if n in best else expert[n] for n in expert}
+
+
+def distilled(
+    teacher: Float[Tensor, "n classes"], student: Float[Tensor, "n classes"], t: float, r: float
+) -> Float[Tensor, ""]:
+    """Return ``t r KL(softmax(teacher / t) || softmax(student / r))``, the mean over rows."""
+    return t * r * distance("kl", teacher / t, student / r).mean()
+
+
+def pulled(params: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> Float[Tensor, ""]:
+    """Return the squared distance of ``params`` to ``start``, summed over all entries."""
+    return torch.stack([(params[n] - start[n]).square().sum() for n in params]).sum()
 
 
 def check(**knobs: Any) -> None:
