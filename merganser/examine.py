@@ -98,9 +98,9 @@ def examine(
         with found.gather("--part"):
             check_part(part)
             if into is None:
-                raise SentenceError("part=(k, n) writes a part of the model, so it needs into=FOLDER")
+                raise SentenceError("a part of the model is written to a folder: give --to (into=FOLDER) too")
             if stored == "adapter":
-                raise SentenceError("an adapter is written in one part; leave part=(k, n) out")
+                raise SentenceError("an adapter is written in one part; leave --part (part=(k, n)) out")
     _adapters(found, base, sources)
     _own(found, own, sources)
     for source in sources.values() if into is not None else ():
@@ -285,7 +285,7 @@ def open_ingredients(
             with found.gather("ingredients"):
                 raise SentenceError(
                     f"{step} needs the ingredient '{name}' (tensors under the model's names): give it with "
-                    f"ingredients={{'{name}': ...}} or --ingredient {name}=FOLDER"
+                    f"--ingredient {name}=FOLDER (ingredients={{'{name}': ...}})"
                 )
     for name, source in given.items():
         with found.gather("ingredients"):
@@ -341,7 +341,7 @@ def check_shards(shard_size: int | str | None, into: str | Path | None, stored: 
     """Raise WeightsError for what is no size, SentenceError where nothing is written that is cut into shards."""
     shard_bytes(shard_size)
     if shard_size is not None and (into is None or stored == "adapter"):
-        why = "needs into=FOLDER" if into is None else "is of no use with an adapter, which is one file"
+        why = "needs --to (into=FOLDER)" if into is None else "is of no use with an adapter, which is one file"
         raise SentenceError(f"a shard size {why}")
 
 

@@ -144,7 +144,9 @@ class Output:
             return piece.origin.to(kind)
         out = (piece.base + piece.value).to(kind)
         if kind in NARROW and not torch.isfinite(out).all():
-            raise WeightsError(f"tensor '{name}': a merged number does not fit {kind}; store it with dtype='float32'")
+            raise WeightsError(
+                f"tensor '{name}': a merged number does not fit {kind}; store it with --dtype float32 (dtype='float32')"
+            )
         return out
 
     def copied(self, name: str) -> Tensor:

@@ -67,7 +67,7 @@ def _in_turn(
 
     if into is None:
         raise RecipeError(
-            f"{path}: holds {len(told)} configs, one of another's result: give a folder for them (into=FOLDER)"
+            f"{path}: holds {len(told)} configs, one of another's result: give a folder for them (--to, into=FOLDER)"
         )
     for planned, folder in plans(path, into, seed=seed):
         refuse_overwriting(folder or into, *planned.inputs)

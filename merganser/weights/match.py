@@ -154,10 +154,13 @@ class _Wrong:
         said = [f"{_who(models, what)}{what}" for what, models in self.faults.items()]
         hints = []
         if self.leave_out:
-            patterns = ", ".join(f'"{p}"' for p in list(dict.fromkeys(self.leave_out))[:3])
-            hints.append(f"tensors that belong to an expert alone (its head) are left out with own=[{patterns}]")
+            few = list(dict.fromkeys(self.leave_out))[:3]
+            options, patterns = " ".join(f"--own '{p}'" for p in few), ", ".join(f'"{p}"' for p in few)
+            hints.append(
+                f"tensors that belong to an expert alone (its head) are left out with {options} (own=[{patterns}])"
+            )
         if self.fixed:
-            hints.append("a tensor that should not be merged is left out with own=[NAME]")
+            hints.append("a tensor that should not be merged is left out with --own NAME (own=[NAME])")
         parts = [fault + _hint(what, hints) for fault, what in zip(said, self.faults, strict=True)]
         raise WeightsError("; ".join(said + hints), parts)
 

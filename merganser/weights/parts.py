@@ -117,7 +117,7 @@ def parts_in(folder: str | Path) -> dict[Path, dict[str, Any]]:
     root = Path(folder)
     cards = {path.name: (path, read_card(path)) for path in sorted(root.glob("part-*-of-*")) if path.is_dir()}
     if not cards:
-        raise WeightsError(f"{root}: no parts here; merge with part=(k, n) first, k from 1 to n")
+        raise WeightsError(f"{root}: no parts here; merge with --part K/N (part=(k, n)) first, k from 1 to n")
     if unfinished := [name for name, (_, card) in cards.items() if card is None]:
         raise WeightsError(f"{root}: {unfinished[0]} is not finished; run that part again")
     told = {name: card for name, (_, card) in cards.items() if card is not None}

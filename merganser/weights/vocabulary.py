@@ -78,7 +78,7 @@ class Difference:
         more = f" and {len(self.names) - 1} more tensors" if len(self.names) > 1 else ""
         return (
             f"the vocabularies differ ('{name}'{more}: {said}): match embeddings by token with "
-            f'vocabulary="base", "union" or the name of the expert whose tokenizer the result gets'
+            f"--vocabulary (vocabulary=) base, union or the name of the expert whose tokenizer the result gets"
         )
 
 
@@ -199,7 +199,7 @@ def _unmistakable(base: Speaker) -> None:
             if value == base.rows and key != "vocab_size" and type(value) is int and not key.endswith("_id"):
                 raise WeightsError(
                     f"the vocabularies differ, and config.json has vocab_size = {key} = {value}: shapes do not tell which "
-                    f"tensors have a row for each token; leave the embeddings out with own=[...]"
+                    f"tensors have a row for each token; leave the embeddings out with --own '*embed*' (own=[...])"
                 )
 
 
@@ -216,7 +216,7 @@ def _target(found: Difference, choice: str) -> tuple[dict[str, int], int]:
         if trained := [token for _, token in new if token not in speaker.added]:
             raise WeightsError(
                 f"expert '{who}' has {len(trained)} tokens, {trained[0]!r} first, that are pieces of its own tokenizer, "
-                f'not tokens added to it: the base\'s tokenizer cannot be given them; use vocabulary="{who}" or "base"'
+                f"not tokens added to it: the base's tokenizer cannot be given them; take the vocabulary {who} or base"
             )
         for _, token in new:
             target[token] = len(target) if first == len(target) else max(target.values()) + 1

@@ -61,7 +61,7 @@ def test_parts_are_joined_into_such_files(tmp_path):
 
 
 def test_where_there_is_nothing_to_cut_it_is_refused(tmp_path):
-    with pytest.raises(SentenceError, match="a shard size needs into=FOLDER"):
+    with pytest.raises(SentenceError, match="a shard size needs --to"):
         merganser.merge(BASE, [EXPERT], "average", shard_size="1GB")
     with pytest.raises(WeightsError, match="such as 5GB"):
         merganser.merge(BASE, [EXPERT], "average", into=tmp_path / "out", shard_size="much")

@@ -138,7 +138,7 @@ def test_a_difference_is_refused_with_its_remedy(three):
         "[14, 4] in the base",
         "[16, 4] in 'one'",
         "[17, 4] in 'two'",
-        'vocabulary="base", "union" or the name',
+        "--vocabulary (vocabulary=) base, union or the name",
     ):
         assert part in text, text
     with pytest.raises(WeightsError, match=r"no vocabulary 'onne' \(did you mean 'one'\?\)"):
