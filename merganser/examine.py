@@ -106,6 +106,11 @@ def examine(
     for source in sources.values() if into is not None else ():
         with found.gather("output"):
             refuse_overwriting(into or "", source)
+    if into is not None and part is None and (parts := sorted(Path(into).glob("part-*-of-*"))):
+        found.warn(
+            f"{into} holds parts of another merge ({parts[0].name})", "output",
+            "they stay beside the result; join them first, or delete them",
+        )  # fmt: skip
     matched = None
     if "" in sources and len(sources) > 1:
         with found.gather("models"):

@@ -135,7 +135,7 @@ def parts_in(folder: str | Path) -> dict[Path, dict[str, Any]]:
 
 def _joined(root: Path, parts: Sequence[Stored], cards: Sequence[dict[str, Any]], progress: Progress) -> Stored:
     spec = {name: (entry.dtype, entry.shape) for part in parts for name, entry in part.entries.items()}
-    left = ("of", "job", "part", "hashes", "key", "seconds", "written", "versions")
+    left = ("of", "job", "part", "hashes", "key", "seconds", "written", "versions", "files")
     card = {k: v for k, v in cards[0].items() if k not in left} | {"kind": cards[0]["of"]}
     card |= inputs_of([one["hashes"] for one in cards])
     key = key_of({k: v for k, v in card.items() if k != "base"})

@@ -102,7 +102,8 @@ def plan(folder: Path, old: Iterable[str]) -> list[tuple[str, str]]:
     Readers look for model.safetensors, then for the index, then for the shards it names. Where the new files have
     other names than the old shards, the new model appears at one rename or removal. Where they have the same names,
     or the configuration changes, or there are weights in sub-folders, the old model is removed first: for a moment
-    there is none, never a mixture. Cards go first and come last.
+    there is none, never a mixture. Cards go first and come last. What the older card says was put beside the older
+    weights (`note_files`), and the new model has not, goes with them: a pooling module, say, that is no longer one.
     """
     staging = folder / PARTIAL / NEW
     new = sorted(p.relative_to(staging).as_posix() for p in staging.rglob("*") if p.is_file())
@@ -119,8 +120,9 @@ def plan(folder: Path, old: Iterable[str]) -> list[tuple[str, str]]:
     clash = [name for name in weights if name in gone and not _is_entry(name)]
     apart = [name for name in (*weights, *gone) if "/" in name]
     place = [("place", name) for name in (*side, *weights)]
-    if changed or clash or apart:
-        middle = [("remove", name) for name in gone] + place
+    left = [name for name in _files_told(folder) if name not in new and name not in gone]
+    if changed or clash or apart or left:
+        middle = [("remove", name) for name in (*gone, *left)] + place
     else:
         middle = place + [("remove", name) for name in gone if name not in weights]
     return [
@@ -133,6 +135,7 @@ def plan(folder: Path, old: Iterable[str]) -> list[tuple[str, str]]:
 def commit(folder: Path, old: Iterable[str]) -> None:
     """Put everything that is staged into place; from the moment the journal is written, it will come to its end."""
     partial = folder / PARTIAL
+    note_files(partial / NEW)
     operations = plan(folder, old)
     for path in (partial / NEW).rglob("*"):
         sync(path)
@@ -143,6 +146,29 @@ def commit(folder: Path, old: Iterable[str]) -> None:
     journal.replace(partial / COMMIT)
     sync(partial)
     finish(folder)
+
+
+def note_files(staging: Path) -> None:
+    """Say in the card that is staged what is staged beside card and weights: the next model there takes it away."""
+    card = staging / CARDS[1]
+    try:
+        told = json.loads(card.read_text())
+    except (OSError, ValueError):  # no card, or none of ours
+        return
+    files = (p.relative_to(staging).as_posix() for p in staging.rglob("*") if p.is_file())
+    told["files"] = sorted(name for name in files if name not in CARDS and not _is_weights(name))
+    card.write_text(json.dumps(told, indent=1) + "\n")
+
+
+def _files_told(folder: Path) -> list[str]:
+    """Return what the card in a folder says lies beside its weights, as far as it is there."""
+    try:
+        told = json.loads((folder / CARDS[1]).read_text())
+        files = [name for name in told.get("files", ()) if isinstance(name, str)]
+    except (OSError, ValueError, AttributeError, TypeError):
+        return []
+    inside = [name for name in files if not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts]
+    return [name for name in inside if (folder / name).is_file() and not (folder / name).is_symlink()]
 
 
 def finish(folder: Path) -> None:
@@ -161,7 +187,10 @@ def finish(folder: Path) -> None:
         elif what == "remove" and (staged.exists() or name not in placed):  # else the new file has that name already
             with contextlib.suppress(FileNotFoundError):
                 target.unlink()
-    for place in {folder, *((folder / name).parent for _, name in operations)}:
+    for place in sorted({folder, *((folder / name).parent for _, name in operations)}, reverse=True):
+        if place != folder:
+            with contextlib.suppress(OSError):
+                place.rmdir()  # only if nothing is left in it
         if place.is_dir():
             sync(place)
     (partial / COMMIT).unlink()
