@@ -6,7 +6,7 @@ import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -110,11 +110,39 @@ class Module(_Part):
     parameters: Settings | None = None
 
 
+class Row(_Part):
+    """An embedding: of a token of the same name in a model, of any token of a model by name or number, or zeros."""
+
+    kind: Literal["model", "model_token", "zero"]
+    model: Model | None = None
+    token: str | None = None
+    token_id: Annotated[int, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _says_which(self) -> "Row":
+        if self.kind == "model_token" and (self.model is None or (self.token is None) == (self.token_id is None)):
+            raise ValueError("a model_token is {kind, model, token} or {kind, model, token_id}")
+        if self.kind == "zero" and any(one is not None for one in (self.model, self.token, self.token_id)):
+            raise ValueError("zero is of no model and no token")
+        return self
+
+
+def _row(told: Any) -> Any:
+    return told if told is None or (isinstance(told, dict) and "kind" in told) else {"kind": "model", "model": told}
+
+
+class Token(_Part):
+    """The embedding of a token for models that lack it; with ``force`` for all of them."""
+
+    source: Annotated[Row | None, BeforeValidator(_row)] = None
+    force: bool = False
+
+
 class Tokenizer(_Part):
-    """Whose tokenizer the output gets."""
+    """Whose tokenizer the output gets, and which embeddings single tokens."""
 
     source: str = "union"
-    tokens: None = None
+    tokens: dict[str, Token] | None = None
     pad_to_multiple_of: Annotated[int, Field(gt=0)] | None = None
 
 
@@ -257,8 +285,6 @@ def _line(problem: "ErrorDetails") -> str:
         return f"lacks '{where}'"
     if where.endswith("residual_weight"):
         return f"'{where}': mergekit reads it and does nothing with it; remove it"
-    if where.endswith("tokens"):
-        return f"'{where}': embeddings of single tokens cannot be chosen; each token's is the base's, or else the mean"
     said = re.sub(r"^Value error, ", "", problem["msg"])
     got = f", got {problem['input']!r}" if not isinstance(problem["input"], dict) else ""
     return f"'{where}': {said}{got}" if where else said

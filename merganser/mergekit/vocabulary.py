@@ -5,8 +5,9 @@ from typing import Any
 
 from ..errors import RecipeError, did_you_mean
 from ..weights.header import Weights, shape_of
-from ..weights.vocabulary import BASE, Writer, difference, match_vocabularies
+from ..weights.vocabulary import BASE, Writer, difference, fitted
 from .config import Config, Ref
+from .tokens import chosen
 
 
 def one_vocabulary(
@@ -27,7 +28,15 @@ def one_vocabulary(
         if found:
             notes.append("the tokenizers differ and no tokenizer_source is given: embeddings are merged row by row")
         return dict(models), None
-    base, matched, writer = match_vocabularies(models[donor], experts, choice)
+    tokens = (config.tokenizer.tokens if config.tokenizer else None) or {}
+    found = difference(models[donor], experts, always=bool(tokens))
+    base, matched, writer = fitted(found, models[donor], experts, choice)
+    if tokens:
+        if found is None:
+            raise RecipeError("tokenizer.tokens: the models' folders have no tokenizer whose tokens are rows of theirs")
+        matched = chosen(tokens, found, {short[donor]: base, **matched}, short, short[donor])
+        base = matched.pop(short[donor])
+        writer = writer if found.differs else None
     multiple = config.tokenizer.pad_to_multiple_of if config.tokenizer else None
     if multiple and (uneven := _uneven(models[donor], base, multiple)):
         raise RecipeError(f"tokenizer.pad_to_multiple_of: the vocabulary has {uneven} rows, and padding is the base's")

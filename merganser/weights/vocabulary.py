@@ -66,6 +66,11 @@ class Difference:
     experts: Mapping[str, Speaker]
     names: Sequence[str]
 
+    @property
+    def differs(self) -> bool:
+        """Whether they do differ."""
+        return any(s.tokens != self.base.tokens or s.rows != self.base.rows for s in self.experts.values())
+
     def __str__(self) -> str:
         name = self.names[0]
         shapes = {who: list(header(s.weights, name)[1]) for who, s in self.experts.items()}
@@ -130,8 +135,12 @@ def difference(
     experts: Mapping[str, Weights],
     sources: Mapping[str, Any] | None = None,
     own: Sequence[str] = (),
+    *,
+    always: bool = False,
 ) -> Difference | None:
     """Return how the vocabularies differ; None if they do not, or if no merged tensor has a row for each token.
+
+    ``always``: also where they do not differ.
 
     Rows count, not files: the same tokens in the same rows are the same vocabulary. An expert without tokenizer files
     and with as many rows as the base has the base's. Raises WeightsError as `match_vocabularies`.
@@ -143,9 +152,10 @@ def difference(
     common = [n for n in base if not matches(n, own) and _is_table(base, n) and all(n in w for w in experts.values())]
     resized = any(header(w, n)[1][:1] != header(base, n)[1][:1] for w in experts.values() for n in common)
     home = folders[BASE]
-    if home is None or not (
-        resized or any(f not in (None, home) and not same_files(home, f) for f in folders.values())
-    ):
+    if home is None:
+        return None
+    others = any(f not in (None, home) and not same_files(home, f) for f in folders.values())
+    if not (always or resized or others):
         return None
     zero = _speaker(base, home, common, None)
     if zero is None:
@@ -154,8 +164,8 @@ def difference(
     known = {who: s for who, s in speakers.items() if s is not None}
     everyone = [zero, *known.values()]
     names = [n for n in common if all(header(s.weights, n)[1][0] == s.rows for s in everyone)]
-    differ = any(s.tokens != zero.tokens or s.rows != zero.rows for s in known.values())
-    if len(known) < len(speakers) or not names or not differ:
+    found = Difference(zero, known, names)
+    if len(known) < len(speakers) or not names or not (always or found.differs):
         return None
     if missing := [who for who, s in known.items() if s.folder is None and s.rows != zero.rows]:
         raise WeightsError(
@@ -164,7 +174,7 @@ def difference(
         )
     if len({s.rows for s in everyone}) == 1:
         _unmistakable(zero)
-    return Difference(zero, known, names)
+    return found
 
 
 def _is_table(weights: Weights, name: str) -> bool:
@@ -249,7 +259,7 @@ class BaseRows(_Rows):
 
     def __init__(self, found: Difference, choice: str, target: Mapping[str, int], rows: int):
         self.weights, self.path = found.base.weights, found.base.folder
-        self.names, self.rows = frozenset(found.names), rows
+        self.names, self.rows, self.target = frozenset(found.names), rows, target
         self.places = found.base.map(target, rows)
         self.others = {who: (s.weights, s.map(target, rows)) for who, s in found.experts.items()}
         spoken, mine = set(target.values()), set(found.base.tokens.values())

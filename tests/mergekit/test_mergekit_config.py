@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from llamas import family, write_all
+from llamas import families, family, write_all
 
 from merganser import check
 from merganser.errors import MerganserError, RecipeError, WeightsError
@@ -68,7 +68,10 @@ def fault(models: Path, text: str) -> str:
         ("base_model: base\nexperts: []", "'experts' belongs to mergekit-moe"),
         (TIES + "tokenizer_source: zz", "tokenizer_source 'zz' is neither base nor union nor one of the models"),
         (TIES + "tokenizer_source: base\ntokenizer: {source: base}", "say the same thing"),
-        (TIES + "tokenizer: {tokens: {x: {source: a}}}", "embeddings of single tokens cannot be chosen"),
+        (TIES + "tokenizer: {tokens: {x: {source: a}}}", "the models' folders have no tokenizer"),
+        (TIES + "tokenizer: {tokens: {x: {sorce: a}}}", "unknown key 'tokenizer.tokens.x.sorce' (did you mean 'source'?)"),
+        (TIES + "tokenizer: {tokens: {x: {source: {kind: model_token, model: a}}}}", "{kind, model, token_id}"),
+        (TIES + "tokenizer: {tokens: {x: {source: {kind: zero, token: y}}}}", "zero is of no model and no token"),
         (TIES + "chat_template: chatml", "give the template itself"),
         (SLERP, "no t is given for tensor"),
         (SLERP + "parameters: {t: 1.5}", "parameters.t must lie in [0, 1], got 1.5"),
@@ -108,7 +111,7 @@ def test_faults_of_every_kind_are_told_at_once(models: Path) -> None:
     text = """
 merge_method: dare-ties
 dtype: bflot16
-tokenizer: {source: base, tokens: {x: {source: a}}}
+tokenizer: {source: base, tokens: {x: {sorce: a}}}
 note: hello
 slices:
   - sources:
@@ -117,7 +120,7 @@ slices:
   - sources: [{model: a, layer_range: [2, 9]}, {model: ./gone, layer_range: [2, 4]}, {model: a, layer_range: [2, 4]}]
 """
     said = fault(models, text)
-    for one in ("unknown merge_method 'dare-ties'", "'dtype': unknown dtype", "embeddings of single tokens", "key 'note'",
+    for one in ("unknown merge_method 'dare-ties'", "'dtype': unknown dtype", "tokenizer.tokens.x.sorce", "key 'note'",
                 "slices[0]: its sources have different numbers of layers", "slices[1]: 'a' is there twice", "gone",
                 "layer_range [2, 9] is not among the 4 layers"):  # fmt: skip
         assert one in said
@@ -189,3 +192,22 @@ def test_other_spellings_are_read(models: Path) -> None:
     assert list(made.models) == ["a", "b"]
     assert made.sentences == {"average(weights={'a': 0.1, 'b': 0.1})": 39}
     assert {kind for kind, _ in made.spec.values()} == {"F16"}
+
+
+def test_all_tokens_that_are_not_there_are_told_at_once(tmp_path: Path) -> None:
+    write_all(tmp_path, families())
+    tokens = (
+        "<z>: {source: more}, <x>: {source: plain}, <y>: {source: a}, "
+        "t1: {source: {kind: model_token, model: more, token: t99}}, t2: {source: {kind: model_token, model: more, token_id: 18}}"
+    )
+    text = f"""
+merge_method: task_arithmetic
+base_model: plain
+models: [{{model: more, parameters: {{weight: 1}}}}]
+tokenizer: {{source: union, tokens: {{{tokens}}}}}
+"""
+    said = fault(tmp_path, text)
+    for one in ("'<z>': no model has this token", "'<x>': 'plain' lacks the token '<x>'",
+                "'<y>': 'a' is none of the models",
+                "'t1': 'more' lacks the token 't99' (did you mean", "'t2': 'more' lacks a row 18 (it has 18 rows)"):  # fmt: skip
+        assert one in said

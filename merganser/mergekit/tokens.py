@@ -1,0 +1,103 @@
+"""Embeddings that a config chooses for single tokens (``tokenizer.tokens``), instead of what a merge would give them."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RecipeError, did_you_mean
+from ..weights.header import Head, View, Weights, folder_of, header
+from ..weights.vocabulary import BaseRows, Difference
+from .config import Ref, Token
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Place = tuple[Weights, int] | None  # a model and a row of its own; None: zeros
+
+
+class Chosen(View):
+    """A model with other embeddings in some rows; ``rows[row]`` is where the embedding lies."""
+
+    def __init__(self, weights: Weights, names: frozenset[str], rows: Mapping[int, Place]):
+        self.weights, self.names, self.rows = weights, names, rows
+        self.path = folder_of(weights)
+
+    def __getitem__(self, name: str) -> "Tensor":
+        tensor = self.weights[name]
+        if name not in self.names:
+            return tensor
+        tensor = tensor.clone()
+        for row, place in self.rows.items():
+            tensor[row] = 0 if place is None else place[0][name][place[1]].to(tensor.dtype)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.weights
+
+    def header(self, name: str) -> Head:
+        """Return dtype name and shape of a tensor without its bytes."""
+        return header(self.weights, name)
+
+    def identity(self, of: Callable[[Weights], Any]) -> Any:
+        """Return the model, and what lies in which row."""
+        return [of(self.weights), {row: place and [of(place[0]), place[1]] for row, place in self.rows.items()}]
+
+
+def chosen(
+    tokens: Mapping[str, Token],
+    found: Difference,
+    models: Mapping[str, Weights],
+    short: Mapping[Ref, str],
+    donor: str,
+) -> dict[str, Weights]:
+    """Return the models, which have the rows of one vocabulary already, with the embeddings chosen for ``tokens``.
+
+    A token's embedding is for the models that lack it, for all if it is forced. ``donor`` is the model in the base's
+    place. Raises one RecipeError for all tokens and models that are not there.
+    """
+    base = models[donor]
+    assert isinstance(base, BaseRows), "one vocabulary's rows"
+    wrong, rows = [], {}
+    for word, token in tokens.items():
+        try:
+            if word not in base.target:
+                raise RecipeError(
+                    f"no model has this token{did_you_mean(word, base.target)}; add it to a tokenizer first"
+                )
+            rows[word] = base.target[word], _place(token, word, found, short, donor)
+        except RecipeError as error:
+            wrong.append(f"tokenizer.tokens '{word}': {error}")
+    if wrong:
+        raise RecipeError("; ".join(wrong), wrong)
+    made: dict[str, Weights] = {}
+    for who, weights in models.items():
+        places = getattr(weights, "places", None)
+        lacks = {
+            row: place for word, (row, place) in rows.items() if tokens[word].force or places is None or places[row] < 0
+        }
+        made[who] = Chosen(weights, base.names, lacks) if lacks else weights
+    return made
+
+
+def _place(token: Token, word: str, found: Difference, short: Mapping[Ref, str], donor: str) -> Place:
+    """Return where a token's embedding lies. Raises RecipeError if it does not."""
+    source = token.source
+    if source is None or source.kind == "zero":
+        return None
+    if source.model is None or source.model not in short:
+        raise RecipeError(f"'{source.model}' is none of the models that are merged")
+    who = short[source.model]
+    speaker = found.base if who == donor else found.experts[who]
+    name = source.token if source.kind == "model_token" else word
+    row = source.token_id if name is None else speaker.tokens.get(name, -1)
+    assert row is not None, "a token or its number"
+    if not 0 <= row < speaker.rows:
+        of = "" if name is not None else f" (it has {speaker.rows} rows)"
+        told = f"the token '{name}'" if name is not None else f"a row {row}"
+        raise RecipeError(f"'{source.model}' lacks {told}{of}{did_you_mean(name, speaker.tokens) if name else ''}")
+    return speaker.weights, row
