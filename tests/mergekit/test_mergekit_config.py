@@ -198,7 +198,8 @@ def test_all_tokens_that_are_not_there_are_told_at_once(tmp_path: Path) -> None:
     write_all(tmp_path, families())
     tokens = (
         "<z>: {source: more}, <x>: {source: plain}, <y>: {source: a}, "
-        "t1: {source: {kind: model_token, model: more, token: t99}}, t2: {source: {kind: model_token, model: more, token_id: 18}}"
+        "t1: {source: {kind: model_token, model: more, token: t99}}, "
+        "t2: {source: {kind: model_token, model: more, token_id: 18}}"
     )
     text = f"""
 merge_method: task_arithmetic
@@ -209,5 +210,6 @@ tokenizer: {{source: union, tokens: {{{tokens}}}}}
     said = fault(tmp_path, text)
     for one in ("'<z>': no model has this token", "'<x>': 'plain' lacks the token '<x>'",
                 "'<y>': 'a' is none of the models",
-                "'t1': 'more' lacks the token 't99' (did you mean", "'t2': 'more' lacks a row 18 (it has 18 rows)"):  # fmt: skip
+                "'t1': 'more' lacks the token 't99' (did you mean",
+                "'t2': 'more' lacks a row 18 (it has 18 rows)"):  # fmt: skip
         assert one in said
