@@ -211,7 +211,7 @@ def check_config(path: str | Path, into: str | Path | None = None, shard_size: i
         told = plans(path, into)
         several = len(told) > 1
         for one, folder in told:
-            where = f"config '{one.config.name or ''}'" if several else "config"
+            where = (f"config '{one.config.name}'" if one.config.name else "the last config") if several else "config"
             alone = Findings(plan={"sentence": one.sentence, "experts": list(one.models)})
             for text in one.notes:
                 alone.note(text, where)
