@@ -606,7 +606,10 @@ def bench(
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds to run.")] = 1,
     experts_only: Annotated[bool, typer.Option(help="Fine-tune and cache the experts, then stop.")] = False,
     network: Annotated[
-        str | None, typer.Option(help="clip-*: ViT-B/32, ViT-B/16 or ViT-L/14; vision: EfficientNet-Lite0 or conv.")
+        str | None,
+        typer.Option(
+            help="clip-*: ViT-B/32, ViT-B/16 or ViT-L/14; vision, domains of pictures: EfficientNet-Lite0 or conv."
+        ),
     ] = None,
     family: Annotated[
         str | None, typer.Option(help="clip-*: whose experts: tall-masks, task-vectors or fusionbench.")

@@ -27,7 +27,7 @@ def open_suite(name: str, **settings: Any) -> Any:
     given = {key: value for key, value in settings.items() if value not in (None, [], ())}
     if name.startswith("clip-"):
         return import_module("merganser.suites.clip").suite(int(name.removeprefix("clip-")), **given)
-    known = {"domainnet": ("models", "inputs", "rows"), "vision": ("network",)}.get(name, ())
+    known = {"domainnet": ("models", "inputs", "rows"), "vision": ("network",), "domains": ("network",)}.get(name, ())
     if wrong := [key for key in given if key not in known]:
         raise DataError(f"suite '{name}' has no --{wrong[0]}: it is one of {', '.join(PUBLISHED)}")
     found = import_module(f"merganser.suites.{module_of(name)}")

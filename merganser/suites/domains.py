@@ -7,13 +7,15 @@ Experts are those of the text or vision suite. Scales are chosen on the tasks' o
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
 from ..evaluate.task import Task, read_task, read_tasks
 from ..progress import Progress, silent
-from . import suite, text, vision
+from . import suite as suites
+from . import text, vision
 from .suite import Suite
 
 SENTENCES = text.SENTENCES
@@ -21,12 +23,18 @@ NEAR = {"sst2_products": ("pros_cons",)}  # adapting on it would be adapting on 
 PACKAGES = text.PACKAGES
 
 
+@dataclass(frozen=True)
 class _Either:
-    """The text suite or the vision suite, whichever reads the tasks of a folder."""
+    """The text suite or the vision suite (with a network of its own), whichever reads the tasks of a folder."""
+
+    network: str | None = None
 
     def of(self, data: str | Path) -> Suite:
-        kinds = {task.kind for task in read_tasks(data).values()}
-        return vision.SUITE if kinds == {"image"} else text.SUITE
+        if {task.kind for task in read_tasks(data).values()} == {"image"}:
+            return vision.SUITE if self.network is None else vision.suite(network=self.network).SUITE
+        if self.network is not None:
+            raise DataError(f"{data}: the network is the pictures' to choose, and these tasks are of text")
+        return text.SUITE
 
     def tasks(self, data: str | Path) -> Mapping[str, Task]:
         """Return the tasks in ``data``; raise DataError where there are no other domains of them."""
@@ -44,9 +52,6 @@ class _Either:
         return kept
 
 
-SUITE = _Either()
-
-
 def domains_of(data: str | Path, tasks: Mapping[str, Task]) -> dict[str, Path]:
     """Return the folders of other domains of ``tasks``. Raises DataError if there are none."""
     folders = sorted(path.parent for path in Path(data).glob("shift/*/task.toml"))
@@ -59,17 +64,40 @@ def domains_of(data: str | Path, tasks: Mapping[str, Task]) -> dict[str, Path]:
     return names
 
 
-def bench(
-    data: str | Path,
-    to: str | Path,
-    *,
-    how: Sequence[str] | None = None,
-    seeds: int = 1,
-    experts_only: bool = False,
-    progress: Progress = silent,
-) -> Path:
-    """Run sentences on the tasks in ``data`` that have other domains and on the others; score them there too."""
-    chosen = SUITE.of(data)
-    domains = domains_of(data, chosen.tasks(data))
-    how_given: Any = {"how": how, "seeds": seeds, "experts_only": experts_only, "progress": progress}
-    return suite.bench(chosen, data, to, domains=domains, files=SUITE.files(data), **how_given)
+@dataclass(frozen=True)
+class Domains:
+    """The suite with the pictures' network chosen, or not."""
+
+    SUITE: _Either = _Either()
+    SENTENCES: tuple[str, ...] = tuple(SENTENCES)
+
+    @property
+    def PACKAGES(self) -> dict[str, str]:
+        return PACKAGES if self.SUITE.network is None else vision.suite(network=self.SUITE.network).PACKAGES
+
+    def bench(
+        self,
+        data: str | Path,
+        to: str | Path,
+        *,
+        how: Sequence[str] | None = None,
+        seeds: int = 1,
+        experts_only: bool = False,
+        progress: Progress = silent,
+    ) -> Path:
+        """Run sentences on the tasks in ``data`` that have other domains and on the others; score them there too."""
+        chosen = self.SUITE.of(data)
+        domains = domains_of(data, chosen.tasks(data))
+        how_given: Any = {"how": how, "seeds": seeds, "experts_only": experts_only, "progress": progress}
+        return suites.bench(chosen, data, to, domains=domains, files=self.SUITE.files(data), **how_given)
+
+
+SUITE = _Either()
+bench = Domains().bench
+
+
+def suite(*, network: str | None = None) -> Domains:
+    """Return the suite with ``network`` for pictures. Raises DataError for one that the vision suite does not have."""
+    if network is not None:
+        vision.suite(network=network)
+    return Domains(_Either(network))

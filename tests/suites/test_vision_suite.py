@@ -14,7 +14,7 @@ from merganser.evaluate.run import Labelled
 from merganser.evaluate.task import read_tasks
 from merganser.models.heads import Head
 from merganser.models.statistics import is_statistic
-from merganser.suites import vision
+from merganser.suites import domains, open_suite, vision
 from merganser.suites.efficientnet import lite0_file, write_lite0
 from merganser.suites.finetune import finetune
 from merganser.suites.suite import bench, shortened
@@ -142,3 +142,16 @@ def test_tasks_of_another_kind_are_refused(tmp_path):
         (tmp_path / name / "task.toml").write_text(f'name = "{name}"\nkind = "text"\nclasses = ["x", "y"]\n')
     with pytest.raises(DataError, match="'a' is not an image task"):
         vision.bench(tmp_path, tmp_path / "out")
+
+
+def test_pictures_of_other_domains_may_have_the_conv_net(tmp_path, monkeypatch):
+    pictures, texts = tmp_path / "pictures", tmp_path / "texts"
+    kinds = {pictures: "image", texts: "text"}
+    monkeypatch.setattr(domains, "read_tasks", lambda data: {"one": type("Task", (), {"kind": kinds[Path(data)]})})
+    assert open_suite("domains", network="conv").SUITE.of(pictures) is vision.CONV
+    assert open_suite("domains").SUITE.of(pictures) is vision.SUITE
+    assert open_suite("domains").SUITE.of(texts).kind == "text"
+    with pytest.raises(DataError, match="the network is the pictures' to choose"):
+        open_suite("domains", network="conv").SUITE.of(texts)
+    with pytest.raises(DataError, match="unknown network 'cnov'"):
+        open_suite("domains", network="cnov")
