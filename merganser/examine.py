@@ -128,7 +128,7 @@ def examine(
     extra: dict[str, Ingredient] = {}
     with found.gather("ingredients"):
         extra = open_ingredients(ingredients, sentence, tuple(wanted))
-        _same_names(extra, names)
+        _same_names(extra, names, known, sentence)
     if names:
         _try_where(found, sentence, varied, names, tuple(wanted))
     if not found.ok or matched is None:
@@ -151,8 +151,9 @@ def _own(found: Findings, own: Sequence[str], sources: Mapping[str, Weights]) ->
             )
 
 
-def _same_names(extra: Mapping[str, Ingredient], names: Sequence[str]) -> None:
-    """Raise SentenceError where extra tensors are none of the merged ones', or differ in shape between experts."""
+def _same_names(extra: Mapping[str, Ingredient], names: Sequence[str], base: Weights, sentence: Sentence) -> None:
+    """Raise SentenceError where extra tensors are none of the merged ones', or have shapes that cannot be."""
+    entrywise = {word for step in sentence.steps for word in step.entrywise}
     for word, ingredient in extra.items():
         sets = [ingredient.shared] if ingredient.shared is not None else list(ingredient.each.values())
         known = [name for name in names if all(name in one for one in sets)]
@@ -164,6 +165,11 @@ def _same_names(extra: Mapping[str, Ingredient], names: Sequence[str]) -> None:
                 told = " and ".join(str(list(shape)) for shape in sorted(shapes)[:2])
                 raise SentenceError(
                     f"ingredient '{word}': '{name}' is {told} for different experts; learn it for all anew"
+                )
+            if word in entrywise and shapes != {tuple(shape_of(base, name))}:
+                raise SentenceError(
+                    f"ingredient '{word}': '{name}' is {[*shapes.pop()]}, the tensor is {[*shape_of(base, name)]}; it "
+                    f"needs an entry for each of the tensor's, so it is of another model"
                 )
 
 

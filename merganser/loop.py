@@ -183,7 +183,8 @@ def _look(
     total: Any = None
     moved = False
     wanted = takes(look)
-    numel = math.prod(shape_of(job.base, name))
+    shape = shape_of(job.base, name)
+    numel = math.prod(shape)
     steps = job.steps(name)
     extra = _ingredients(job, name, steps[i])
     merged = any(step.kind == "combine" for step in steps[:i])
@@ -192,7 +193,7 @@ def _look(
         deltas = deltas[None] if merged else deltas
         moved = moved or touched
         given: dict[str, Any] = {"base": piece.base, "name": name, "numel": numel}
-        given |= _cut(extra, piece, numel, len(deltas))
+        given |= _cut(extra, piece, shape, len(deltas))
         given["kept"] = Kept(pad, piece.at, numel) if pad is not None else None
         seen = look(deltas, learned, **{k: v for k, v in given.items() if k in wanted})
         total = seen if total is None else total + seen
@@ -504,7 +505,7 @@ class _Run:
                 continue
             given |= {"survey": self.surveys[k], "rng": self.rngs.get((k, "merged"))}
             given["kept"] = Kept(self.pads[k], at, self.numel)
-            given |= _cut(self.extra[k], Piece(at, base, base, None), self.numel, len(self.experts))
+            given |= _cut(self.extra[k], Piece(at, base, base, None), self.shape, len(self.experts))
             if step.kind == "align":
                 value, restore = named(step, self.name, value, **given)
                 restores.append(restore)
@@ -526,7 +527,7 @@ class _Run:
         rows = value[None] if merged else value
         whos = ("merged",) if merged else self.experts
         for r, (row, who) in enumerate(zip(rows, whos, strict=True)):
-            extra = _cut(self.extra[k], Piece(at, row, row, None), self.numel, len(whos))
+            extra = _cut(self.extra[k], Piece(at, row, row, None), self.shape, len(whos))
             own = {n: t[r] if t is not None and t.ndim > row.ndim else t for n, t in extra.items()}
             given |= {"survey": self.rows[k][r], "rng": self.rngs.get((k, who)), **step.for_one(r)}
             edited = named(step, self.name, row, **given, **own)
@@ -579,19 +580,24 @@ def _ingredients(job: Job, name: str, step: Step) -> dict[str, Tensor | None]:
     return {n: job.ingredients[n].of(name) if n in job.ingredients else None for n in step.ingredients}
 
 
-def _cut(extra: Mapping[str, Tensor | None], piece: Piece, numel: int, experts: int) -> dict[str, Tensor | None]:
-    """Return the entries of the ingredients that lie under a piece, for ingredients of the tensor's own size."""
+def _cut(
+    extra: Mapping[str, Tensor | None], piece: Piece, shape: tuple[int, ...], experts: int
+) -> dict[str, Tensor | None]:
+    """Return the entries of the ingredients that lie under a piece, for ingredients of the tensor's own shape.
+
+    One of that shape, or with one such tensor an expert. All others are handed on as they are: a Gram matrix may have
+    as many entries as the tensor.
+    """
     if not extra:
         return {}
-    shape = piece.base.shape
     cut = slice(piece.at, piece.at + piece.base.numel())
 
     def under(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None or tensor.numel() not in (numel, experts * numel):
-            return tensor
-        if tensor.numel() == numel:
-            return tensor.reshape(-1)[cut].reshape(shape)
-        return tensor.reshape(experts, numel)[:, cut].reshape(experts, *shape)
+        if tensor is not None and tensor.shape == shape:
+            return tensor.reshape(-1)[cut].reshape(piece.base.shape)
+        if tensor is not None and tensor.shape == (experts, *shape):
+            return tensor.flatten(1)[:, cut].reshape(experts, *piece.base.shape) if shape else tensor
+        return tensor
 
     return {name: under(tensor) for name, tensor in extra.items()}
 

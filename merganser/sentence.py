@@ -105,6 +105,18 @@ class Step:
         """The extra tensors it needs: keywords without a default that the loop does not give."""
         return ingredients_of(self.function) if self.kind != "adapt" else []
 
+    @cached_property
+    def entrywise(self) -> list[str]:
+        """Those ingredients that have an entry for each of the tensor's: their annotation says ``*shape``."""
+        told = inspect.signature(self.function).parameters
+        return [name for name in self.ingredients if "*shape" in _dims(told[name].annotation)]
+
+
+def _dims(annotation: Any) -> str:
+    """Return the dimensions that a jaxtyping annotation names, alone or beside None."""
+    each = getattr(annotation, "__args__", ()) if not hasattr(annotation, "dim_str") else (annotation,)
+    return " ".join(getattr(one, "dim_str", "") for one in each)
+
 
 @dataclass(frozen=True)
 class Sentence:
