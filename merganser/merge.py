@@ -22,7 +22,7 @@ from .fingerprint import Seen
 from .loop import Job, Piece, all_finite, is_float, merge_each, not_finite, survey
 from .progress import Progress, silent
 from .weights.adapter import Adapted
-from .weights.header import View, folder_of
+from .weights.header import View, folder_of, header
 from .weights.hub import name_of
 from .weights.open import Source
 from .weights.parts import Share, inputs_of
@@ -31,6 +31,7 @@ from .weights.renamed import Renamed
 from .weights.save import carry, short, write_readme
 from .weights.sink import DTYPES, Sink, shard_bytes, spec_of
 from .weights.stored import Stored
+from .weights.tied import sample
 from .weights.tokenizer import write_dtype
 from .where import Patterns
 
@@ -188,7 +189,7 @@ class Output:
     ) -> Stored:
         """Write the result, or one part of it, into ``folder``, and return it read lazily. All or nothing."""
         started = time.monotonic()
-        key = job_key(card, jobs)
+        key = job_key(card, jobs, identity if part is None else sampled)
         share = None if part is None else Share(folder, key, part, self.spec)
         spec = self.spec if share is None else {n: self.spec[n] for n in self.spec if n in share.mine}
         size = shard_bytes(card.get("shard_size"))
@@ -254,11 +255,12 @@ def finish(
     write_readme(folder, card)
 
 
-def job_key(card: Mapping[str, Any], jobs: Sequence[Job]) -> str:
-    """Return what tells a job from others: the card so far, the names, and what its weights are."""
-    return key_of(
-        [dict(card), [[identity(job.base), *map(identity, job.experts.values()), list(job.names)] for job in jobs]]
-    )
+def job_key(
+    card: Mapping[str, Any], jobs: Sequence[Job], of: Callable[[Mapping[str, Tensor]], Any] | None = None
+) -> str:
+    """Return what tells a job from others: the card so far, the names, and what its weights are (`identity`)."""
+    of = of or identity
+    return key_of([dict(card), [[of(job.base), *map(of, job.experts.values()), list(job.names)] for job in jobs]])
 
 
 def identity(weights: Mapping[str, Tensor]) -> Any:
@@ -271,3 +273,15 @@ def identity(weights: Mapping[str, Tensor]) -> Any:
     if isinstance(weights, View) and (told := weights.identity(identity)) is not None:
         return [type(weights).__name__, told]
     return digest(weights)
+
+
+def sampled(weights: Mapping[str, Tensor]) -> Any:
+    """Return what tells weights from others wherever they lie: of every tensor dtype, shape and a few of its bytes.
+
+    Parts of a merge are made on several machines, of copies of the files with times of their own.
+    """
+    if isinstance(weights, Renamed):
+        return [sampled(weights.weights), dict(weights.names)]
+    if isinstance(weights, View) and (told := weights.identity(sampled)) is not None:
+        return [type(weights).__name__, told]
+    return key_of({name: [*header(weights, name), sample(weights, name).hex()] for name in weights})

@@ -45,9 +45,18 @@ def refuse_overwriting(folder: str | Path, *sources: Any) -> None:
     """Raise WeightsError if ``folder`` is where one of the ``sources`` lies: writing would destroy what is read."""
     target = Path(folder).resolve()
     for source in sources:
+        for file in _files(source):
+            if target in _holders(file.resolve().parent):
+                raise WeightsError(f"{folder} holds an input ({file}); give another folder for the result")
         path = getattr(source, "path", source)
         if isinstance(path, str | Path) and target in _holders(Path(path).resolve()):
             raise WeightsError(f"{folder} holds an input ({path}); give another folder for the result")
+
+
+def _files(source: Any) -> list[Path]:
+    """Return the files that weights are read from, through whatever they are seen as."""
+    below = (getattr(source, name, None) for name in ("weights", "base", "adapter"))
+    return [*getattr(source, "shards", ()), *(file for one in below if one is not None for file in _files(one))]
 
 
 def _holders(path: Path) -> tuple[Path, ...]:

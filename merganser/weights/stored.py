@@ -310,6 +310,11 @@ def _shards(path: Path, *, alone: bool = True) -> list[Path]:
         names = sorted(set(_read_index(index).values()))
         if missing := [n for n in names if not (path / n).is_file()]:
             raise WeightsError(f"{path}: {INDEX} names {missing[0]}, which is missing; copy or download it again")
+        if SINGLE not in names and (path / SINGLE).is_file():
+            raise WeightsError(
+                f"{path}: {SINGLE}, and {INDEX} of other files beside it: two models, of which libraries read different "
+                f"ones; delete the one that is not wanted, or name {SINGLE} itself"
+            )
         return [path / n for n in names]
     if (single := path / SINGLE).is_file():
         return [single]

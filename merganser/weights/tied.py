@@ -51,7 +51,7 @@ def canonical(base: Weights, experts: Mapping[str, Weights], *, peek: bool = Fal
     groups: dict[tuple[Head, bytes], list[str]] = defaultdict(list)
     for name, head in _pairs(base).items():
         if name not in packed:
-            groups[head, _sample(base, name)].append(name)
+            groups[head, sample(base, name)].append(name)
     found: dict[str, str] = {}
     for names in groups.values():
         for first, other in combinations(names, 2):
@@ -74,7 +74,7 @@ def same(weights: Weights, one: str, other: str) -> bool:
 
 
 def _alike(weights: Weights, one: str, other: str) -> bool:
-    return header(weights, one) == header(weights, other) and _sample(weights, one) == _sample(weights, other)
+    return header(weights, one) == header(weights, other) and sample(weights, one) == sample(weights, other)
 
 
 def _pairs(weights: Weights) -> dict[str, Head]:
@@ -86,7 +86,7 @@ def _pairs(weights: Weights) -> dict[str, Head]:
     return {n: h for n, h in heads.items() if count[h] > 1 and h[0] in FLOATS and math.prod(h[1]) > 1}
 
 
-def _sample(weights: Weights, name: str) -> bytes:
+def sample(weights: Weights, name: str) -> bytes:
     """Return 64 bytes from each of four places of a tensor: equal for equal tensors, hardly ever for others."""
     data = _bytes(weights[name])
     return b"".join(data[at : at + 64].numpy().tobytes() for at in _places(len(data)))
