@@ -363,4 +363,7 @@ def try_out(sentence: Sentence, experts: Sequence[str]) -> None:
     job = Job({"": torch.zeros(4, 4)}, rows, sentence, [""])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        merge_each(job, survey(job), lambda name, piece: None)
+        try:
+            merge_each(job, survey(job), lambda name, piece: None)
+        except (RuntimeError, ArithmeticError, LookupError, AttributeError) as error:
+            raise SentenceError(f"'{sentence}' fails on a tensor of 4 x 4: {type(error).__name__}: {error}") from error

@@ -325,7 +325,7 @@ def _aligned(
     if job.factored and not any("base" in takes(step.function) for step in run.steps):
         origin = base = coords.new_zeros(()).expand(run.shape)  # nobody asks for it, so it is not read
     else:
-        origin = job.base[name].reshape(-1)
+        origin = job.base[name].detach().reshape(-1)
         if job.seen:
             job.seen("base", name, 0, origin)
         base = origin.to(coords.dtype).reshape(run.shape)
@@ -664,7 +664,7 @@ def _parts(weights: Mapping[str, Tensor], name: str, step: int) -> Iterator[tupl
     if low is not None:
         whole = step >= math.prod(shape_of(weights, name)) and low.left.dtype == low.right.dtype
         return iter([(low, False)]) if whole else ((piece, False) for piece in low.pieces(step))
-    return ((piece, True) for piece in weights[name].reshape(-1).split(step))
+    return ((piece, True) for piece in weights[name].detach().reshape(-1).split(step))
 
 
 def _check_finite(job: Job, name: str, deltas: Tensor) -> None:

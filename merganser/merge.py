@@ -156,7 +156,7 @@ class Output:
         NaN in it is said where it is the base's, which was told to leave it as it is; where it is an expert's
         (a mergekit config that passes it through), it raises WeightsError as in a merge.
         """
-        tensor = self.origin[name]
+        tensor = self.origin[name].detach()
         if tensor.is_floating_point() and not all_finite(tensor):
             if (whose := getattr(self.origin, "whose", {}).get(name)) is not None:
                 raise not_finite(f"'{whose}'", name)

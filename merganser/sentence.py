@@ -111,6 +111,21 @@ class Step:
         told = inspect.signature(self.function).parameters
         return [name for name in self.ingredients if "*shape" in _dims(told[name].annotation)]
 
+    @cached_property
+    def sided(self) -> list[str]:
+        """Those ingredients that belong to a matrix's inputs or outputs: their annotation has named dimensions."""
+        told = inspect.signature(self.function).parameters
+        return [name for name in self.ingredients if _dims(told[name].annotation).strip()]
+
+    @property
+    def on_weights(self) -> bool:
+        """Whether it looks at the base's weights, not at what experts add to them alone."""
+        return "base" in takes(self.function) and self.kind != "align" and self._on == "weights"
+
+    @property
+    def _on(self) -> Any:
+        return self.knobs.get("on", knobs_of(self.function).get("on", "weights"))
+
 
 def _dims(annotation: Any) -> str:
     """Return the dimensions that a jaxtyping annotation names, alone or beside None."""
@@ -347,4 +362,20 @@ def _grammar(steps: tuple[Step, ...], text: str) -> Sentence:
         raise SentenceError(f"'{text}': adapt steps come first, before any other word")
     if "align" in kinds[at:]:
         raise SentenceError(f"'{text}': align steps stand left of the combining step '{combining[0]}'")
+    _coordinates(steps[: at + 1], text)
     return Sentence(steps)
+
+
+def _coordinates(steps: Sequence[Step], text: str) -> None:
+    """Raise SentenceError for a step that is given what has no place in the coordinates which an align step leaves."""
+    other: dict[str, str] = {}
+    for step in steps:
+        needs = [*step.entrywise, *(step.sided if "both" in other.values() else []), *(["base"] * step.on_weights)]
+        if other and needs:
+            align = next(iter(other))
+            raise SentenceError(
+                f"'{text}': '{step.name}' takes '{needs[0]}' in the tensor's own coordinates, and {align} leaves other "
+                f"ones; leave {align} out, or take another step"
+            )
+        if sides := step.hook("COORDINATES"):
+            other[step.name] = sides

@@ -73,7 +73,11 @@ def pieces(weights: Weights, name: str, step: int) -> "Iterator[Tensor]":
     """Yield a tensor's entries in a row, ``step`` at a time, and no more of it than that where it has to be made."""
     if isinstance(weights, Renamed):
         return pieces(weights.weights, weights.names[name], step)
-    return weights.pieces(name, step) if isinstance(weights, View) else iter(weights[name].reshape(-1).split(step))
+    return (
+        weights.pieces(name, step)
+        if isinstance(weights, View)
+        else iter(weights[name].detach().reshape(-1).split(step))
+    )
 
 
 def source(weights: Weights, name: str) -> tuple[Weights, str]:
@@ -134,7 +138,7 @@ class View(Mapping[str, "Tensor"]):
 
     def pieces(self, name: str, step: int) -> "Iterator[Tensor]":
         """Yield a tensor's entries in a row, ``step`` at a time."""
-        yield from self[name].reshape(-1).split(step)
+        yield from self[name].detach().reshape(-1).split(step)
 
 
 class Picked(View):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..spectrum import factored, leading, matrices, peaks
 
+COORDINATES = "both"  # of the sides of a matrix, those that are other ones behind it
 LINEAR = True  # what is linear in the coordinates is so in the deltas
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..spectrum import BAND, NULL, eigh, factored, leading, matrices, moved, peaks, squared, squares, times
 
+COORDINATES = "out"  # of the sides of a matrix, those that are other ones behind it
 LINEAR = True  # what is linear in the coordinates is so in the deltas
 
 
