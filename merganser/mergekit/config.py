@@ -249,8 +249,9 @@ def _loaded(path: Path, text: str) -> list[dict[str, Any]]:
         """Refuses a key that is there twice; YAML's last one would win without a word."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            if twice := [key for key in keys if keys.count(key) > 1 and key != "<<"]:
+            merging = "tag:yaml.org,2002:merge"  # <<: *other, whose keys may come again
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != merging]
+            if twice := [key for key in keys if keys.count(key) > 1]:
                 raise RecipeError(f"{path}: '{twice[0]}' is there twice, in line {node.start_mark.line + 1} or below")
             return super().construct_mapping(node, deep)
 

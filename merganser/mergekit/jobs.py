@@ -17,7 +17,7 @@ from ..weights.open import Source as Place
 from ..weights.open import named, open_headers
 from ..weights.stored import first
 from ..weights.vocabulary import BASE, Writer
-from .config import Config, Ref, Slice, Source, Told
+from .config import Config, Input, Ref, Slice, Source, Told
 from .layers import Laid, stacked, stacks, unfit, whole
 from .methods import METHODS, Method, refused
 from .settings import check, filters, resolve
@@ -131,6 +131,10 @@ def _planned(
     """Return the plan; None where something prevents it, which is in ``wrong`` then."""
     slices = _slices(config)
     refs = list(dict.fromkeys(ref for ref in (config.base_model, *_refs(slices)) if ref is not None))
+    said, speaker = config.chosen_tokenizer, None
+    if said not in (None, "base", "union") and all(said != str(ref) for ref in refs):
+        speaker = Input.model_validate({"model": said}).model  # of which only the tokenizer is used
+        refs.append(speaker)
     for k, one in enumerate(slices):
         with _gathered(wrong):
             where = f"slices[{k}]" if config.inputs.slices else "models"
@@ -145,7 +149,7 @@ def _planned(
         short[refs[0]] = BASE
     notes = list(_notes(config, method, models))
     with _gathered(wrong):
-        models, writer = one_vocabulary(config, models, short, notes)
+        models, writer = one_vocabulary(config, models, short, notes, speaker)
     if wrong:
         return None
     origins = [_base(config, one) or one.sources[0].model for one in slices]

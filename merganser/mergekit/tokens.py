@@ -1,11 +1,13 @@
 """Embeddings that a config chooses for single tokens (``tokenizer.tokens``), instead of what a merge would give them."""
 
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RecipeError, did_you_mean
 from ..weights.header import Head, View, Weights, folder_of, header
-from ..weights.vocabulary import BaseRows, Difference
+from ..weights.tokenizer import edit_json, resize
+from ..weights.vocabulary import BaseRows, Difference, Writer
 from .config import Ref, Token
 
 if TYPE_CHECKING:
@@ -46,6 +48,59 @@ class Chosen(View):
     def identity(self, of: Callable[[Weights], Any]) -> Any:
         """Return the model, and what lies in which row."""
         return [of(self.weights), {row: place and [of(place[0]), place[1]] for row, place in self.rows.items()}]
+
+
+class Padded(View):
+    """A model whose tables of tokens have ``rows`` rows: those beyond its own are the mean of its own."""
+
+    def __init__(self, weights: Weights, names: frozenset[str], rows: int):
+        self.weights, self.names, self.rows = weights, names, rows
+        self.path = folder_of(weights)
+
+    def __getitem__(self, name: str) -> "Tensor":
+        import torch
+
+        tensor = self.weights[name]
+        if name not in self.names:
+            return tensor
+        mean = tensor.float().mean(dim=0, keepdim=True).to(tensor.dtype)
+        return torch.cat([tensor, mean.expand(self.rows - len(tensor), *mean.shape[1:])])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.weights
+
+    def header(self, name: str) -> Head:
+        """Return dtype name and shape of a tensor without its bytes."""
+        dtype, shape = header(self.weights, name)
+        return dtype, (self.rows, *shape[1:]) if name in self.names else shape
+
+    def identity(self, of: Callable[[Weights], Any]) -> Any:
+        """Return the model, and the number of rows."""
+        return [of(self.weights), self.rows]
+
+
+def padded(
+    models: Mapping[Ref, Weights], found: Difference, multiple: int, writer: Writer | None
+) -> tuple[dict[Ref, Weights], Writer | None]:
+    """Return models of one vocabulary with a number of rows that ``multiple`` divides, and what writes it down."""
+    names = frozenset(found.names)
+    now = header(next(iter(models.values())), found.names[0])[1][0]
+    rows = -(-now // multiple) * multiple
+    if rows == now:
+        return dict(models), writer
+
+    def write(folder: Path) -> None:
+        if writer is not None:
+            writer(folder)
+        edit_json(folder / "config.json", lambda told: resize(told, rows))
+
+    return {ref: Padded(weights, names, rows) for ref, weights in models.items()}, write
 
 
 def chosen(

@@ -4,14 +4,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import RecipeError, did_you_mean
-from ..weights.header import Weights, shape_of
-from ..weights.vocabulary import BASE, Writer, difference, fitted
+from ..weights.header import Weights
+from ..weights.vocabulary import BASE, BaseRows, Writer, difference, fitted
 from .config import Config, Ref
-from .tokens import chosen
+from .tokens import chosen, padded
 
 
 def one_vocabulary(
-    config: Config, models: Mapping[Ref, Weights], short: Mapping[Ref, str], notes: list[str]
+    config: Config,
+    models: Mapping[Ref, Weights],
+    short: Mapping[Ref, str],
+    notes: list[str],
+    speaker: Ref | None = None,
 ) -> tuple[dict[Ref, Weights], Writer | None]:
     """Return the models with the rows of one vocabulary, and what writes its tokenizer.
 
@@ -29,18 +33,21 @@ def one_vocabulary(
             notes.append("the tokenizers differ and no tokenizer_source is given: embeddings are merged row by row")
         return dict(models), None
     tokens = (config.tokenizer.tokens if config.tokenizer else None) or {}
-    found = difference(models[donor], experts, always=bool(tokens))
+    multiple = config.tokenizer.pad_to_multiple_of if config.tokenizer else None
+    found = difference(models[donor], experts, always=bool(tokens or multiple))
     base, matched, writer = fitted(found, models[donor], experts, choice)
-    if tokens:
-        if found is None:
-            raise RecipeError("tokenizer.tokens: the models' folders have no tokenizer whose tokens are rows of theirs")
+    if found is None and (tokens or multiple):
+        what = "tokens" if tokens else "pad_to_multiple_of"
+        raise RecipeError(f"tokenizer.{what}: the models' folders have no tokenizer whose tokens are rows of theirs")
+    if found is not None and not found.differs:
+        writer = None
+    if speaker is not None and isinstance(base, BaseRows):  # it has no part in the embeddings, only in the words
+        base.others.pop(short[speaker], None)
+    if tokens and found is not None:
         matched = chosen(tokens, found, {short[donor]: base, **matched}, short, short[donor])
         base = matched.pop(short[donor])
-        writer = writer if found.differs else None
-    multiple = config.tokenizer.pad_to_multiple_of if config.tokenizer else None
-    if multiple and (uneven := _uneven(models[donor], base, multiple)):
-        raise RecipeError(f"tokenizer.pad_to_multiple_of: the vocabulary has {uneven} rows, and padding is the base's")
-    return {donor: base, **{ref: matched[short[ref]] for ref in others}}, writer
+    made = {donor: base, **{ref: matched[short[ref]] for ref in others}}
+    return padded(made, found, multiple, writer) if multiple and found else (made, writer)
 
 
 def _choice(config: Config, short: Mapping[Ref, str]) -> str | None:
@@ -60,9 +67,3 @@ def _sizes(found: Any) -> str:
     name = found.names[0]
     rows = {"the base": found.base.rows, **{f"'{who}'": s.rows for who, s in found.experts.items()}}
     return f"'{name}' has " + ", ".join(f"{n} rows in {who}" for who, n in rows.items())
-
-
-def _uneven(before: Weights, after: Weights, multiple: int) -> int:
-    tables = [n for n in after if n in before and shape_of(after, n)[:1] != shape_of(before, n)[:1]]
-    rows = {shape_of(after, n)[0] for n in tables}
-    return next((n for n in rows if n % multiple), 0)

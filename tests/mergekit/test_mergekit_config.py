@@ -66,7 +66,7 @@ def fault(models: Path, text: str) -> str:
         ("merge_method: ties", "one of models, slices and modules"),
         (TIES + STACK.partition("\n")[2], "one of models, slices and modules"),
         ("base_model: base\nexperts: []", "'experts' belongs to mergekit-moe"),
-        (TIES + "tokenizer_source: zz", "tokenizer_source 'zz' is neither base nor union nor one of the models"),
+        (TIES + "tokenizer_source: zz", "zz: no such file or folder"),
         (TIES + "tokenizer_source: base\ntokenizer: {source: base}", "say the same thing"),
         (TIES + "tokenizer: {tokens: {x: {source: a}}}", "the models' folders have no tokenizer"),
         (TIES + "tokenizer: {tokens: {x: {sorce: a}}}", "unknown key 'tokenizer.tokens.x.sorce' (did you mean 'source'?)"),
