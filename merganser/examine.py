@@ -75,6 +75,13 @@ def examine(
     """Open and check what `merge` is given (the same arguments)."""
     found = Findings()
     sources: dict[str, Weights] = {}
+    if isinstance(experts, str | Path):
+        raise SentenceError(f"experts is one path ({experts}); give a list of them, or a mapping from name to model")
+    own = [own] if isinstance(own, str) else own
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        found.error(f"seed must be a whole number, got {seed!r}", "seed", kind=SentenceError)
+    if into is not None and not str(into):
+        found.error("no folder is given for the result", "output", "name one", SentenceError)
     wanted = named(experts)
     for who, source in {**({} if base is None else {"": base}), **wanted}.items():
         with found.gather(f"expert '{who}'" if who else "base"):
@@ -89,6 +96,7 @@ def examine(
     sentence = _sentence(found, how, tuple(wanted))
     with found.gather("output"):
         target = check_output(dtype, stored, rank)
+    with found.gather("output"):
         check_shards(shard_size, into, stored)
     if base is not None and "" in sources:
         origin = sources.pop("")
@@ -103,6 +111,7 @@ def examine(
                 raise SentenceError("an adapter is written in one part; leave --part (part=(k, n)) out")
     _adapters(found, base, sources)
     _own(found, own, sources)
+    _twice(found, sources)
     for source in sources.values() if into is not None else ():
         with found.gather("output"):
             refuse_overwriting(into or "", source)
@@ -116,6 +125,19 @@ def examine(
         with found.gather("models"):
             others = {w: s for w, s in sources.items() if w}
             matched = match(sources[""], others, own, vocabulary=vocabulary, peek=opener is open_headers)
+    if (
+        matched
+        and stored == "delta"
+        and (
+            grown := [
+                n for n in matched.base if n in sources[""] and shape_of(matched.base, n) != shape_of(sources[""], n)
+            ]
+        )
+    ):
+        found.error(
+            f"with this vocabulary '{grown[0]}' has other rows than the base's, so a delta could not be added to it",
+            "--delta", "store the model (in float32, if bf16 would round), or give the vocabulary of the base",
+        )  # fmt: skip
     known = matched.base if matched else sources.get("", {})
     merged = matched.names if matched else [name for name in known if not matches(name, own)]
     names = [name for name in merged if is_float(known, name)]
@@ -131,6 +153,11 @@ def examine(
         _same_names(extra, names, known, sentence)
     if names:
         _try_where(found, sentence, varied, names, tuple(wanted))
+    if found.ok and not varied.patterns and wanted and gives_nothing(sentence, tuple(wanted)):
+        found.warn(
+            f"'{sentence}' takes nothing from {len(wanted)} expert{'s' * (len(wanted) > 1)}", "sentence",
+            "the result is the base itself; look at the knobs (merganser show STEP)",
+        )  # fmt: skip
     if not found.ok or matched is None:
         return Examined(found, sources, sentence, None)
     job = Job(matched.base, matched.experts, sentence, names, seed, extra, varied, matched.alike)
@@ -139,6 +166,22 @@ def examine(
             return Examined(found, sources, sentence, Ready(job, matched, target, Plan(job, rank)))
         return Examined(found, sources, sentence, None)
     return Examined(found, sources, sentence, Ready(job, matched, target))
+
+
+def _twice(found: Findings, sources: Mapping[str, Weights]) -> None:
+    """Warn of a model that is there twice, by its files or as the very same object."""
+    seen: dict[Any, str] = {}
+    for who, weights in sources.items():
+        shards = getattr(weights, "shards", None)
+        what = tuple(path.resolve() for path in shards) if shards else id(weights)
+        if what in seen:
+            other = f"expert '{seen[what]}'" if seen[what] else "the base"
+            found.warn(
+                f"is the same model as {other}",
+                f"expert '{who}'",
+                "give each model once, with a weight if it counts more",
+            )
+        seen.setdefault(what, who)
 
 
 def _own(found: Findings, own: Sequence[str], sources: Mapping[str, Weights]) -> None:
@@ -346,6 +389,23 @@ def check_output(dtype: str | None, stored: str, rank: int | str | None = None) 
     if dtype is not None and dtype not in OUTPUTS:
         raise SentenceError(f"unknown dtype {dtype!r}{did_you_mean(str(dtype), OUTPUTS)}; known: {', '.join(OUTPUTS)}")
     return None if dtype is None else OUTPUTS[dtype]
+
+
+def gives_nothing(sentence: Sentence, experts: Sequence[str]) -> bool:
+    """Tell whether a sentence leaves the base as it is, whatever the experts add: tried on numbers of all sizes."""
+    if any(step.ingredients or not step.elementwise for step in sentence.steps):
+        return False
+    # as good as random, without torch's generators, which take long to import
+    values = torch.arange(len(experts) * 48 * 48.0).mul(12.9898).sin().mul(43758.5453).frac().reshape(-1, 48, 48)
+    rows = {expert: {"": row} for expert, row in zip(experts, values, strict=True)}
+    seen: list[bool] = []
+    job = Job({"": torch.zeros(48, 48)}, rows, sentence, [""])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        merge_each(
+            job, survey(job), lambda name, piece: seen.append(piece.value is not None and bool(piece.value.any()))
+        )
+    return not any(seen)
 
 
 def check_shards(shard_size: int | str | None, into: str | Path | None, stored: str) -> None:

@@ -135,20 +135,18 @@ class Output:
             kinds = {n: DTYPES[target] if target and is_float(origin, n) else spec[n][0] for n in spec}
             self.spec = {n: (kinds[n], spec[n][1]) for n in spec}
         self.dtypes = {n: TORCH[kind] for n, (kind, _) in self.spec.items()}
+        self.wide = {
+            n: spec[n][0] for n, (kind, _) in self.spec.items() if kind != spec[n][0]
+        }  # what narrower ones were
 
     def cast(self, name: str, piece: Piece) -> Tensor:
         """Return what is stored for a piece. Raises WeightsError if a merged number does not fit its dtype."""
         kind = self.dtypes[name]
         if self.stored == "delta":
-            return (torch.zeros_like(piece.base) if piece.value is None else piece.value).to(kind)
+            return self._fits(name, (torch.zeros_like(piece.base) if piece.value is None else piece.value).to(kind))
         if piece.value is None:
-            return piece.origin.to(kind)
-        out = (piece.base + piece.value).to(kind)
-        if kind in NARROW and not torch.isfinite(out).all():
-            raise WeightsError(
-                f"tensor '{name}': a merged number does not fit {kind}; store it with --dtype float32 (dtype='float32')"
-            )
-        return out
+            return self._fits(name, piece.origin.to(kind))
+        return self._fits(name, (piece.base + piece.value).to(kind))
 
     def copied(self, name: str) -> Tensor:
         """Return a tensor that nothing merges, as it is stored.
@@ -161,7 +159,18 @@ class Output:
             if (whose := getattr(self.origin, "whose", {}).get(name)) is not None:
                 raise not_finite(f"'{whose}'", name)
             warnings.warn(f"tensor '{name}' has NaN or inf in the base, and is copied as it is", stacklevel=2)
-        return tensor.to(self.dtypes[name])
+            return tensor.to(self.dtypes[name])
+        return self._fits(name, tensor.to(self.dtypes[name]))
+
+    def _fits(self, name: str, out: Tensor) -> Tensor:
+        """Return what is stored. Raises WeightsError if a finite number became infinite in its dtype."""
+        if not out.is_floating_point() or (out.dtype not in NARROW and self.wide.get(name) != "F64"):
+            return out
+        if not all_finite(out):
+            raise WeightsError(
+                f"tensor '{name}': a number does not fit {out.dtype}; store it with --dtype float32 (dtype='float32')"
+            )
+        return out
 
     def in_memory(self, jobs: Sequence[Job], progress: Progress) -> dict[str, Tensor]:
         """Return the result as tensors; those that no job merges are the origin's own."""
@@ -260,7 +269,7 @@ def job_key(
 ) -> str:
     """Return what tells a job from others: the card so far, the names, and what its weights are (`identity`)."""
     of = of or identity
-    return key_of([dict(card), [[of(job.base), *map(of, job.experts.values()), list(job.names)] for job in jobs]])
+    return key_of([dict(card), [[of(job.base), *map(of, job.experts.values()), sorted(job.names)] for job in jobs]])
 
 
 def identity(weights: Mapping[str, Tensor]) -> Any:

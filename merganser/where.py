@@ -7,7 +7,6 @@ gradient is interpolated linearly over the layers, whose number is the first num
 may stand for one expert among others: ``{"average": {"weights": {"a": {"gradient": [0, 1]}, "b": 1}}}``.
 """
 
-import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from typing import Any
 
 from .errors import SentenceError, did_you_mean
 from .sentence import Sentence, knobs_of, parse_words
+from .weights.header import matches
 
 LAYER = re.compile(r"^(.*?)(?<![^.])(\d+)(?=\.|$)")
 Patterns = Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -31,7 +31,7 @@ class Where:
         """Return ``sentence`` with the knobs it has for tensor ``name``."""
         if not self.patterns:
             return sentence
-        told = [(pattern, steps) for pattern, steps in self.patterns.items() if fnmatch.fnmatchcase(name, pattern)]
+        told = [(pattern, steps) for pattern, steps in self.patterns.items() if matches(name, [pattern])]
         steps = []
         for step in sentence.steps:
             knobs = dict(step.knobs)
@@ -93,7 +93,7 @@ def for_sentence(patterns: Patterns, sentence: Sentence) -> dict[str, dict[str, 
 
 def fitting(pattern: str, names: Sequence[str]) -> list[str]:
     """Return the names that a pattern fits. Raises SentenceError if there are none."""
-    fits = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+    fits = [name for name in names if matches(name, [pattern])]
     if not fits:
         raise SentenceError(f"where '{pattern}': no tensor has such a name{did_you_mean(pattern, names)}")
     return fits

@@ -100,8 +100,8 @@ def exchanged(weights: Weights, old: Weights, new: Weights) -> Weights:
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Tell whether ``name`` fits one of the glob ``patterns``."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    """Tell whether ``name`` is or fits one of the glob ``patterns``; a name may have signs in it that are a glob's."""
+    return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def folder_of(weights: object) -> Path | None:

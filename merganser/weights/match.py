@@ -1,5 +1,6 @@
 """Do these experts belong to this base, and if they nearly do: the views that make them match."""
 
+import glob
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -194,5 +195,5 @@ def _patterns(names: list[str], kept: Sequence[str]) -> list[str]:
     for name in names:
         parts = name.split(".")
         stem = next((s for k in range(1, len(parts)) if (s := ".".join(parts[:k])) not in stems), None)
-        found.append(f"{stem}.*" if stem else name)
+        found.append(f"{glob.escape(stem)}.*" if stem else name)
     return list(dict.fromkeys(found))

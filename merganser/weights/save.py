@@ -76,6 +76,9 @@ def carry(base: Path, folder: Path) -> list[str]:
     for path in sorted(p for p in base.rglob("*") if p.is_file()) if base.is_dir() else []:
         inside = path.relative_to(base)
         left_out = any(part.startswith(".") or OTHER_FORMS.fullmatch(part) for part in inside.parts)
+        left_out = left_out or any(
+            (base / above / "card.json").is_file() for above in [*inside.parents][:-1]
+        )  # our own
         if left_out or path.suffix in HEAVY or path.name in NOT_CARRIED or path.stat().st_size > 50_000_000:
             continue
         target = folder / inside

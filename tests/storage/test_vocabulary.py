@@ -451,3 +451,11 @@ def test_special_tokens_follow_their_tokens(tmp_path):
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {"eos_token_id": [4, 3], "top_k": 3}
     assert not (tmp_path / "out" / "vocab.txt").exists()
     assert vocabulary(tmp_path / "out") == vocabulary(tmp_path / "one")
+
+
+def test_a_delta_is_not_stored_where_the_base_has_other_rows(three):
+    root, _ = three
+    with pytest.raises(WeightsError, match="other rows than the base's, so a delta could not be added to it"):
+        merganser.merge(root / "base", [root / "one"], "average", vocabulary="union", stored="delta", into=root / "d")
+    assert not (root / "d").exists()
+    merganser.merge(root / "base", [root / "one"], "average", vocabulary="base", stored="delta", into=root / "d")
