@@ -559,9 +559,14 @@ def report(
     folders: Annotated[list[Path], typer.Argument(help="Folders that `run`, `demo` or `bench` wrote.")],
     to: Annotated[Path | None, typer.Option("--to", help="The HTML file to write.")] = None,
     figure: Annotated[Path | None, typer.Option(help="Also an SVG of what adapting gained in the first run.")] = None,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Write one offline HTML page about a run, or comparing several."""
+    if dry_run:
+        from .dry_run import check_report
+
+        return tell(check_report(folders, to), as_json)
     from .report.page import report
 
     path = report(*folders, to=to)

@@ -9,7 +9,7 @@ from .check import check_folder, compare, titled
 from .errors import DataError, RecipeError, WeightsError, did_you_mean
 from .examine import asked_by, open_ingredients, try_out
 from .findings import Findings
-from .forecast import nbytes
+from .forecast import nbytes, writable
 from .sentence import parse
 from .synthetic import is_source, known_source
 from .weights.delta import over
@@ -151,6 +151,26 @@ def check_join(folder: str | Path) -> Findings:
         found.plan["sentence"] = next(iter(cards.values())).get("sentence")
         found.numbers["bytes_written"] = sum(Stored(path).nbytes for path in cards)
         check_folder(found, Path(folder), found.numbers["bytes_written"])
+    return found
+
+
+def check_report(folders: Sequence[Path], to: str | Path | None = None) -> Findings:
+    """Return all that will go wrong with `report` of some runs."""
+    from .errors import MissingExtra
+    from .report.folder import read_run
+
+    page = Path(to) if to is not None else Path(folders[0]) / "report.html"
+    found = Findings(plan={"into": str(page / "report.html" if page.is_dir() else page), "stages": []})
+    with found.gather("packages"):
+        if find_spec("matplotlib") is None:
+            raise MissingExtra("a report", "report")
+    for folder in folders:
+        with found.gather("folders"):
+            run = read_run(folder)
+            found.plan["stages"].append({"stage": f"report on {folder}: {len(run.scores.rows)} rows", "done": False})
+    with found.gather("output"):
+        if not writable(page if page.is_dir() else page.parent):
+            raise WeightsError(f"{page} cannot be written; give another file with --to")
     return found
 
 

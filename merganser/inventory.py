@@ -132,7 +132,9 @@ def model(path: str | Path) -> ModelInfo:
     adapter = Adapter(path) if is_adapter(path := Path(path)) else None
     stored = adapter.weights if adapter is not None else Stored(path)
     if not isinstance(stored, Stored):
-        raise WeightsError(f"{path}: only a pickle here, whose tensors are not known before it is read")
+        raise WeightsError(
+            f"{path}: only a pickle here, whose tensors are not known before it is read; `ls` has its size"
+        )
     folder = path if path.is_dir() else path.parent
     config = read_json(folder / "config.json")
     config = config if isinstance(config, dict) else {}

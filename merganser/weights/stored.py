@@ -320,7 +320,9 @@ def _shards(path: Path, *, alone: bool = True) -> list[Path]:
         return [single]
     if found := sorted(path.glob("*.safetensors")):
         return found
-    pickles = sorted(p for p in path.iterdir() if p.suffix in PICKLES)
+    if parts := sorted(path.glob("part-*-of-*")):
+        raise WeightsError(f"{path}: parts of a merge that are not one model yet ({parts[0].name}); join them first")
+    pickles = sorted(p for p in path.iterdir() if p.suffix in PICKLES and not p.name.startswith("."))
     if pickles and (alone or path / PICKLE in pickles):
         raise WeightsError(f"{path}: only a pickle ({pickles[0].name}) here; {_PICKLE}")
     if alone:

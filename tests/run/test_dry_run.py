@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import merganser
 from merganser.cli import app
 
-INSTANT = {"check", "ls", "show", "report"}  # they say, or write one page of what there is
+INSTANT = {"check", "ls", "show"}  # they say what there is
 
 
 def call(*args):
@@ -99,3 +99,10 @@ def test_a_study_is_told_with_its_own_mergers_and_ri(tmp_path):
     told = plan("bench", "text", "--data", tmp_path / "data", "--study", "proxy", "--to", tmp_path / "out")
     assert any("aux" in one["what"] for one in told["errors"]), "a study adapts, whatever its mergers"
     assert not (tmp_path / "out").exists()
+
+
+def test_a_report_on_what_is_no_run_is_told(tmp_path):
+    told = plan("report", tmp_path / "nowhere", tmp_path)
+    assert not told["ok"]
+    assert len(told["errors"]) == 2
+    assert not list(tmp_path.iterdir())
