@@ -10,7 +10,7 @@ from ..errors import WeightsError
 from .delta import over
 from .header import FLOATS, WHOLE, Picked, Weights, header, matches, shape_of
 from .stored import DTYPES, first
-from .tied import canonical, tied_copy
+from .tied import canonical, tied_by_config, tied_copy
 from .vocabulary import Difference, difference, fitted
 
 QUANTISED = 4096  # entries: an integer matrix that large is weights, not a buffer, where integers are most of the model
@@ -91,7 +91,7 @@ def _completed(base: Weights, expert: Weights, own: Sequence[str], wrong: "_Wron
     for name in lacks:
         if not _merged(base, name):
             given[name] = (base, name)
-        elif other := tied_copy(base, name, both):
+        elif other := tied_copy(base, name, both) or tied_by_config(expert, name, header(base, name)[1], both):
             given[name] = (expert, other)
         else:
             missing.append(name)

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping
 from itertools import combinations
 from typing import TYPE_CHECKING
 
-from .header import FLOATS, Head, Headers, Weights, header
+from .header import FLOATS, Head, Headers, Weights, folder_of, header
 from .quantised import Dequantised, as_stored
+from .tokenizer import read_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +35,19 @@ def tied_copy(weights: Weights, name: str, among: Iterable[str]) -> str | None:
         if same(weights, name, other) and (_shared(weights[name], weights[other]) or not _constant(weights[name])):
             return other
     return None
+
+
+def tied_by_config(weights: Weights, name: str, shape: tuple[int, ...], among: Iterable[str]) -> str | None:
+    """Return the embedding that stands for an output layer ``name`` which ``weights`` lack, as their config.json says.
+
+    ``tie_word_embeddings`` is true there, and one tensor alone has the layer's shape; else None.
+    """
+    config = read_config(folder_of(weights)) if len(shape) == 2 else {}
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    if not any(part.get("tie_word_embeddings") is True for part in parts):
+        return None
+    found = [other for other in among if other != name and header(weights, other)[1] == shape]
+    return found[0] if len(found) == 1 else None
 
 
 def canonical(base: Weights, experts: Mapping[str, Weights], *, peek: bool = False) -> dict[str, str]:

@@ -265,6 +265,21 @@ def test_random_numbers_are_shared_where_every_model_is_tied():
     assert canonical(three, {"x": three}) == {"b": "a", "c": "a"}
 
 
+def test_an_expert_may_be_tied_by_its_config_where_the_base_is_not(tmp_path):
+    base, expert = models()
+    base["head.weight"] = base["head.weight"] + 1.0  # an output layer of its own
+    del expert["head.weight"]
+    for who, weights in (("base", base), ("x", expert)):
+        merganser.save(weights, tmp_path / who)
+    (tmp_path / "x" / "config.json").write_text('{"tie_word_embeddings": false}')
+    with pytest.raises(WeightsError, match=r"lacks 'head\.weight'"):
+        merganser.merge(tmp_path / "base", [tmp_path / "x"], "average")
+    for said in ('{"tie_word_embeddings": true}', '{"text_config": {"tie_word_embeddings": true}}'):
+        (tmp_path / "x" / "config.json").write_text(said)
+        merged = merganser.merge(tmp_path / "base", [tmp_path / "x"], "average")
+        torch.testing.assert_close(merged["head.weight"], expert["embed.weight"])
+
+
 def test_a_check_looks_at_a_few_bytes_of_what_may_be_tied():
     long = torch.arange(10_000.0)
     other = long.clone()
