@@ -77,6 +77,9 @@ def examine(
     sources: dict[str, Weights] = {}
     if isinstance(experts, str | Path):
         raise SentenceError(f"experts is one path ({experts}); give a list of them, or a mapping from name to model")
+    if not isinstance(how, str | Sentence | Iterable):
+        raise SentenceError(f"the sentence is text, such as 'ties | scale(by=0.8)', got {how!r}")
+    experts = experts if isinstance(experts, Mapping | Sequence) else list(experts)
     own = [own] if isinstance(own, str) else own
     if isinstance(seed, bool) or not isinstance(seed, int):
         found.error(f"seed must be a whole number, got {seed!r}", "seed", kind=SentenceError)

@@ -35,6 +35,8 @@ def open_weights(source: Source) -> Weights:
     Raises WeightsError if nothing is there, or if what is there is damaged, unsafe or not weights; MissingExtra.
     """
     if isinstance(source, Mapping):
+        if isinstance(source, dict) and (odd := [n for n, value in source.items() if not hasattr(value, "dtype")]):
+            raise WeightsError(f"'{odd[0]}' is no tensor but {source[odd[0]]!r}; weights map names to tensors")
         return source
     if hub.is_name(source):
         source = hub.download(str(source))

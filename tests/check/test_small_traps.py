@@ -55,6 +55,15 @@ def test_one_that_takes_little_is_not(how):
     assert "takes nothing" not in warnings_of(BASE, [EXPERT, {n: -t for n, t in EXPERT.items()}], how)
 
 
+def test_what_is_no_model_and_no_sentence_is_told():
+    with pytest.raises(WeightsError, match="'epoch' is no tensor but 3; weights map names to tensors"):
+        merganser.merge({**BASE, "epoch": 3}, [EXPERT], "average")
+    with pytest.raises(SentenceError, match="the sentence is text"):
+        merganser.merge(BASE, [EXPERT], None)
+    merged = merganser.merge(BASE, (one for one in [EXPERT, BASE]), "average")
+    assert torch.equal(merged["body.bias"], EXPERT["body.bias"] / 2)
+
+
 def test_an_empty_name_is_no_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SentenceError, match="no folder is given"):
