@@ -1,11 +1,11 @@
 """Embeddings that a config chooses for single tokens (``tokenizer.tokens``), instead of what a merge would give them."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RecipeError, did_you_mean
-from ..weights.header import Head, View, Weights, folder_of, header
+from ..weights.header import Head, Over, Weights, folder_of, header
 from ..weights.tokenizer import edit_json, resize
 from ..weights.vocabulary import BaseRows, Difference, Writer
 from .config import Ref, Token
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Place = tuple[Weights, int] | None  # a model and a row of its own; None: zeros
 
 
-class Chosen(View):
+class Chosen(Over):
     """A model with other embeddings in some rows; ``rows[row]`` is where the embedding lies."""
 
     def __init__(self, weights: Weights, names: frozenset[str], rows: Mapping[int, Place]):
@@ -32,25 +32,12 @@ class Chosen(View):
             tensor[row] = 0 if place is None else place[0][name][place[1]].to(tensor.dtype)
         return tensor
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.weights)
-
-    def __len__(self) -> int:
-        return len(self.weights)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.weights
-
-    def header(self, name: str) -> Head:
-        """Return dtype name and shape of a tensor without its bytes."""
-        return header(self.weights, name)
-
     def identity(self, of: Callable[[Weights], Any]) -> Any:
         """Return the model, and what lies in which row."""
         return [of(self.weights), {row: place and [of(place[0]), place[1]] for row, place in self.rows.items()}]
 
 
-class Padded(View):
+class Padded(Over):
     """A model whose tables of tokens have ``rows`` rows: those beyond its own are the mean of its own."""
 
     def __init__(self, weights: Weights, names: frozenset[str], rows: int):
@@ -65,15 +52,6 @@ class Padded(View):
             return tensor
         mean = tensor.float().mean(dim=0, keepdim=True).to(tensor.dtype)
         return torch.cat([tensor, mean.expand(self.rows - len(tensor), *mean.shape[1:])])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.weights)
-
-    def __len__(self) -> int:
-        return len(self.weights)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.weights
 
     def header(self, name: str) -> Head:
         """Return dtype name and shape of a tensor without its bytes."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..weights.adapter import Adapted, Adapter
-from ..weights.header import FLOATS, Head, Headers, View, Weights, folder_of, header
+from ..weights.header import FLOATS, Head, Headers, Over, View, Weights, folder_of, header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,33 +38,20 @@ class Taken(View):
         return [of(self.weights), self.names]
 
 
-class Tuned(View):
+class Tuned(Over):
     """A model with a LoRA adapter merged into it, in the model's own dtypes, as PEFT's merge_and_unload leaves it."""
 
     def __init__(self, base: Weights, adapter: Adapter):
-        self.base, self.adapter, self.whole = base, adapter, Adapted(base, adapter)
+        self.weights, self.adapter, self.whole = base, adapter, Adapted(base, adapter)
         self.path = folder_of(base)
 
     def __getitem__(self, name: str) -> "Tensor":
         tensor = self.whole[name]
-        return tensor.to(self.base[name].dtype) if self.whole.touches(name) else tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.base)
-
-    def __len__(self) -> int:
-        return len(self.base)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.base
-
-    def header(self, name: str) -> Head:
-        """Return dtype name and shape of a tensor without its bytes."""
-        return header(self.base, name)
+        return tensor.to(self.weights[name].dtype) if self.whole.touches(name) else tensor
 
     def identity(self, of: Callable[[Weights], Any]) -> Any:
         """Return model and adapter."""
-        return [of(self.base), of(self.whole)]
+        return [of(self.weights), of(self.whole)]
 
 
 def taken(weights: Weights, names: Mapping[str, str]) -> Weights:
@@ -77,7 +64,7 @@ def taken(weights: Weights, names: Mapping[str, str]) -> Weights:
     return Taken(weights, names)
 
 
-class Zeros(View):
+class Zeros(Over):
     """A base of zeros, like ``weights``: deltas from it are the weights themselves. It takes no memory."""
 
     made_up = True  # not an input, so it has no fingerprint
@@ -90,15 +77,6 @@ class Zeros(View):
 
         like = self.weights[name]
         return torch.zeros((), dtype=like.dtype).expand(like.shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.weights)
-
-    def __len__(self) -> int:
-        return len(self.weights)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.weights
 
     def header(self, name: str) -> Head:
         """Return dtype name and shape of a tensor."""

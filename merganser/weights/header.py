@@ -141,6 +141,25 @@ class View(Mapping[str, "Tensor"]):
         yield from self[name].detach().reshape(-1).split(step)
 
 
+class Over(View):
+    """A view over ``weights`` that has their names, and where nothing else is said their dtypes and shapes."""
+
+    weights: Weights
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.weights
+
+    def header(self, name: str) -> Head:
+        """Return dtype name and shape of a tensor without its bytes."""
+        return header(self.weights, name)
+
+
 class Picked(View):
     """Tensors from several weights, each under a name of its own: ``parts[name] = (weights, name there)``.
 

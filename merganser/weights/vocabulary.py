@@ -8,14 +8,14 @@ Which tensors have a row for every token is told by their shapes: the first dime
 number of embedding rows (vocab_size of its config.json). There is no table of architectures.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import WeightsError, did_you_mean
-from .header import FLOATS, Head, View, Weights, factors, folder_of, header, matches, touches
+from .header import FLOATS, Head, Over, Weights, factors, folder_of, header, matches, touches
 from .tokenizer import (
     add_tokens,
     copy_tokenizer,
@@ -237,21 +237,12 @@ def _target(found: Difference, choice: str) -> tuple[dict[str, int], int]:
     return target, max(need, rows)
 
 
-class _Rows(View):
+class _Rows(Over):
     """Weights whose tensors of ``names`` have other rows."""
 
     weights: Weights
     names: frozenset[str]
     rows: int
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.weights)
-
-    def __len__(self) -> int:
-        return len(self.weights)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.weights
 
 
 class BaseRows(_Rows):
