@@ -62,13 +62,18 @@ def check(
             return check_recipe(base, into)
         if Path(base).suffix in (".yml", ".yaml"):
             return check_config(base, into, shard_size)
+    experts = experts if isinstance(experts, Mapping | Sequence | Path) else list(experts)
     told = examine(
         base, experts, how, into=into, own=own, seed=seed, ingredients=ingredients, part=part, where=where,
         vocabulary=vocabulary, dtype=dtype, stored=stored, rank=rank, shard_size=shard_size, opener=open_headers,
     )  # fmt: skip
     found = told.found
     compare(found, told.sources, own)
-    found.plan = {"sentence": str(told.sentence or how), "base": str(base), "experts": list(named(experts))}
+    found.plan = {
+        "sentence": str(told.sentence or how),
+        "base": str(base),
+        "experts": [] if isinstance(experts, str | Path) else list(named(experts)),
+    }
     found.plan |= {"into": None if into is None else str(into), "part": part, "dtype": dtype, "stored": stored}
     if told.ready is not None:
         from .merge import Output

@@ -75,17 +75,12 @@ def examine(
     """Open and check what `merge` is given (the same arguments)."""
     found = Findings()
     sources: dict[str, Weights] = {}
-    if isinstance(experts, str | Path):
-        raise SentenceError(f"experts is one path ({experts}); give a list of them, or a mapping from name to model")
-    if not isinstance(how, str | Sentence | Iterable):
-        raise SentenceError(f"the sentence is text, such as 'ties | scale(by=0.8)', got {how!r}")
-    experts = experts if isinstance(experts, Mapping | Sequence) else list(experts)
+    with found.gather("arguments"):
+        _check_kinds(experts, how, seed, into)
+    if not found.ok:
+        return Examined(found, sources, None, None)
     own = [own] if isinstance(own, str) else own
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        found.error(f"seed must be a whole number, got {seed!r}", "seed", kind=SentenceError)
-    if into is not None and not str(into):
-        found.error("no folder is given for the result", "output", "name one", SentenceError)
-    wanted = named(experts)
+    wanted = named(experts if isinstance(experts, Mapping | Sequence) else list(experts))
     for who, source in {**({} if base is None else {"": base}), **wanted}.items():
         with found.gather(f"expert '{who}'" if who else "base"):
             sources[who] = opener(source)
@@ -128,19 +123,8 @@ def examine(
         with found.gather("models"):
             others = {w: s for w, s in sources.items() if w}
             matched = match(sources[""], others, own, vocabulary=vocabulary, peek=opener is open_headers)
-    if (
-        matched
-        and stored == "delta"
-        and (
-            grown := [
-                n for n in matched.base if n in sources[""] and shape_of(matched.base, n) != shape_of(sources[""], n)
-            ]
-        )
-    ):
-        found.error(
-            f"with this vocabulary '{grown[0]}' has other rows than the base's, so a delta could not be added to it",
-            "--delta", "store the model (in float32, if bf16 would round), or give the vocabulary of the base",
-        )  # fmt: skip
+    if matched is not None and stored == "delta":
+        _can_be_added(found, matched, sources[""])
     known = matched.base if matched else sources.get("", {})
     merged = matched.names if matched else [name for name in known if not matches(name, own)]
     names = [name for name in merged if is_float(known, name)]
@@ -169,6 +153,28 @@ def examine(
             return Examined(found, sources, sentence, Ready(job, matched, target, Plan(job, rank)))
         return Examined(found, sources, sentence, None)
     return Examined(found, sources, sentence, Ready(job, matched, target))
+
+
+def _check_kinds(experts: Any, how: Any, seed: Any, into: Any) -> None:
+    """Raise SentenceError for arguments of another kind than `merge` takes."""
+    if isinstance(experts, str | Path):
+        raise SentenceError(f"experts is one path ({experts}); give a list of them, or a mapping from name to model")
+    if not isinstance(how, str | Sentence | Iterable):
+        raise SentenceError(f"the sentence is text, such as 'ties | scale(by=0.8)', got {how!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise SentenceError(f"seed must be a whole number, got {seed!r}")
+    if into is not None and not str(into):
+        raise SentenceError("no folder is given for the result; name one")
+
+
+def _can_be_added(found: Findings, matched: Matched, base: Weights) -> None:
+    """Take down a tensor that would have other rows than the base's: nobody could add a delta of it."""
+    grown = [n for n in matched.base if n in base and shape_of(matched.base, n) != shape_of(base, n)]
+    if grown:
+        found.error(
+            f"with this vocabulary '{grown[0]}' has other rows than the base's, so a delta could not be added to it",
+            "--delta", "store the model (in float32, if bf16 would round), or give the vocabulary of the base",
+        )  # fmt: skip
 
 
 def _twice(found: Findings, sources: Mapping[str, Weights]) -> None:

@@ -86,6 +86,7 @@ def test_each_fault_is_told_for_itself(told, said, tmp_path, monkeypatch):
 def test_one_path_is_no_list_of_experts():
     with pytest.raises(SentenceError, match="give a list of them"):
         merganser.merge(BASE, "some/expert", "average")
+    assert not merganser.check(BASE, "some/expert", "average").ok
     merged = merganser.merge(BASE, [EXPERT], "average", own="body.*")  # one pattern alone is meant as one
     assert torch.equal(merged["body.bias"], BASE["body.bias"])
 
