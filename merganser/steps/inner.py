@@ -17,6 +17,8 @@ from .select import per_expert
 
 PART = 1 << 15  # entries worked on at a time: a product of few long rows in one go takes four times as long
 TINY = 1e-200  # stands for the square of a length of zero: 0 / TINY is 0, and its root has a gradient
+BLOCK = 1024  # entries of which `rough_gram` takes fp32 products
+SHORT = 0.1  # of the base's squared length, that of a delta
 ZERO = 1e-13  # of the base's squared length: what is left when fp32 numbers cancel
 
 
@@ -25,10 +27,14 @@ def gram(
 ) -> Float[Tensor, "*rows n n"]:
     """Return the inner products of all deltas, and of the base as the last one where it is given, in float64.
 
+    Beside a base that is much longer than the deltas they are `rough_gram`'s: angles between ``base + delta_t`` are good
+    to 1e-8 then, since an error in ``<base, delta_t>`` or ``<base, base>`` turns all of them alike.
     ``by_row``: one matrix for each row along the last axis, ``[*shape[:-1], n, n]``; a tensor without axes is one row.
     """
     if by_row or deltas.requires_grad or (base is not None and base.requires_grad):
         return _rows_gram(deltas, base, by_row)
+    if base is not None and (products := _over_base(deltas, base)) is not None:
+        return products
     rows = [one.reshape(-1) for one in (deltas if base is None else [*deltas, base])]
     products = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=deltas.device)
     at = torch.tril_indices(len(rows), len(rows), device=deltas.device)
@@ -38,6 +44,15 @@ def gram(
             [torch.dot(wide[i], wide[j]) for i in range(len(wide)) for j in range(i + 1)]
         )
     return products.tril() + products.tril(-1).mT
+
+
+def _over_base(deltas: Float[Tensor, "experts *shape"], base: Float[Tensor, "*shape"]) -> Float[Tensor, "n n"] | None:
+    """Return the inner products by `rough_gram`; None where they are not to be had, or deltas are not short."""
+    if deltas.dtype != torch.float32 or base.dtype != torch.float32 or base.numel() < BLOCK:
+        return None
+    products = rough_gram(torch.cat([deltas.reshape(len(deltas), -1), base.reshape(1, -1)]))
+    own = products.diagonal()
+    return products if bool((own[:-1] <= SHORT * own[-1]).all()) else None
 
 
 def _rows_gram(
@@ -58,11 +73,11 @@ def rough_gram(deltas: Float[Tensor, "experts *shape"]) -> Float[Tensor, "expert
     large, not for those between fine-tunings of one base.
     """
     rows = deltas.reshape(len(deltas), -1)
-    blocks = rows.shape[1] // 1024
+    blocks = rows.shape[1] // BLOCK
     if rows.dtype != torch.float32 or blocks == 0:
         return gram(deltas)
-    many = rows[:, : blocks * 1024].reshape(len(rows), blocks, 1024).transpose(0, 1)
-    rest = rows[:, blocks * 1024 :].double()
+    many = rows[:, : blocks * BLOCK].reshape(len(rows), blocks, BLOCK).transpose(0, 1)
+    rest = rows[:, blocks * BLOCK :].double()
     return torch.bmm(many, many.mT).double().sum(dim=0) + rest @ rest.mT
 
 

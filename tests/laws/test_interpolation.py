@@ -24,6 +24,7 @@ from merganser.steps.combine.nuslerp import nuslerp
 from merganser.steps.combine.ram import ram
 from merganser.steps.combine.regmean import regmean
 from merganser.steps.combine.slerp import slerp
+from merganser.steps.inner import gram, of_weights
 
 fast = settings(max_examples=15, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
@@ -384,3 +385,22 @@ def test_ingredients_of_another_shape_are_told() -> None:
         fisher(normal(0, 2, 4, 5), fisher=torch.ones(2, 5, 5))
     with pytest.raises(ValueError, match="gram must be"):
         regmean(normal(0, 2, 4, 5), gram=torch.ones(2, 4, 4))
+
+
+def test_angles_between_fine_tunings_are_as_good_as_float64s():
+    """A short cut in fp32 is taken beside a long base alone, and the angles do not feel it."""
+    rng = torch.Generator().manual_seed(0)
+    base = torch.randn(200_000, generator=rng)
+    deltas = 0.003 * torch.randn(3, 200_000, generator=rng)
+    points = base.double() + deltas.double()
+    units = points / points.norm(dim=1, keepdim=True)
+    exact = torch.cat([deltas, base[None]]).double()
+    assert not torch.equal(gram(deltas, base), exact @ exact.mT)  # the short cut
+    cos = of_weights(gram(deltas, base))
+    cos = cos / cos.diagonal().sqrt()[:, None] / cos.diagonal().sqrt()
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        angle = 2 * torch.asin((units[i] - units[j]).norm() / 2)
+        torch.testing.assert_close(cos[i, j].acos(), angle, rtol=1e-6, atol=0)
+    for long in (gram(deltas), gram(100 * deltas + base, base)):  # no base, or deltas as long as it
+        rows = exact[:3] if len(long) == 3 else torch.cat([(100 * deltas + base).double(), base.double()[None]])
+        torch.testing.assert_close(long, rows @ rows.mT, rtol=1e-12, atol=0)
