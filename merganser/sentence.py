@@ -120,11 +120,8 @@ class Step:
     @property
     def on_weights(self) -> bool:
         """Whether it looks at the base's weights, not at what experts add to them alone."""
-        return "base" in takes(self.function) and self.kind != "align" and self._on == "weights"
-
-    @property
-    def _on(self) -> Any:
-        return self.knobs.get("on", knobs_of(self.function).get("on", "weights"))
+        on = self.knobs.get("on", knobs_of(self.function).get("on", "weights"))
+        return "base" in takes(self.function) and self.kind != "align" and on == "weights"
 
 
 def _dims(annotation: Any) -> str:

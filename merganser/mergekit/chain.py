@@ -42,13 +42,13 @@ def plans(
         planned = plan_one(path, one, seed, opened, made, f"'{one.name}'" if one.name else "the one without a name")
         if one.name:
             made[one.name] = Headers(planned.spec, one.name, planned.origin.path)
-        found.append((planned, place_of(one, into)))
+        found.append((planned, None if into is None else place_of(one, into)))
     return found
 
 
-def place_of(told: Told, into: str | Path | None) -> Path | None:
+def place_of(told: Told, into: str | Path) -> Path:
     """Return where a merge of several is written."""
-    return None if into is None else Path(into) / (told.name or "")
+    return Path(into) / (told.name or "")
 
 
 def in_order(path: Path, told: Sequence[Told]) -> Iterator[Told]:

@@ -13,7 +13,7 @@ from ..weights.open import open_weights
 from ..weights.save import refuse_overwriting
 from ..weights.stored import Stored
 from ..weights.tokenizer import edit_json, read_config, write_dtype
-from .chain import in_order, plans
+from .chain import in_order, place_of, plans
 from .config import Told, read_configs
 from .jobs import Plan, plan_one
 from .layers import restack, stacks
@@ -74,7 +74,7 @@ def _in_turn(
     made: dict[str, Weights] = {}
     written: Mapping[str, Tensor] = {}
     for one in in_order(path, told):
-        folder = Path(into) / (one.name or "")
+        folder = place_of(one, into)
         planned = plan_one(path, one, seed, open_weights, made)
         key = job_key(card_of(planned, seed, shard_size), planned.jobs)
         if (read_card(folder) or {}).get("job") == key:

@@ -17,6 +17,8 @@ from .tokenizer import read_config
 if TYPE_CHECKING:
     from torch import Tensor
 
+FEW = 1 << 16  # entries of a tensor that a check may look at
+
 
 def tied_copy(weights: Weights, name: str, among: Iterable[str]) -> str | None:
     """Return the tensor of ``among`` of which ``name`` is a tied copy in ``weights``, or None.
@@ -72,7 +74,8 @@ def canonical(base: Weights, experts: Mapping[str, Weights], *, peek: bool = Fal
             if other in found or first in found or any(n not in w for w in experts.values() for n in (first, other)):
                 continue
             tied = all((_alike if peek else same)(weights, first, other) for weights in known)
-            if tied and not all(_constant(weights[first]) for weights in known):
+            few = not peek or math.prod(header(base, first)[1]) <= FEW  # a fresh norm is small
+            if tied and not (few and all(_constant(weights[first]) for weights in known)):
                 found[other] = first
     return found
 
