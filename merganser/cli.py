@@ -4,7 +4,6 @@ Exit status: 0 done, 1 the work failed (the message says what, where and what to
 """
 
 import contextlib
-import ctypes
 import gc
 import json
 import os
@@ -20,8 +19,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from .errors import DataError, MerganserError, RecipeError, WeightsError
+from .heap import freed_goes_back
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 class _Quick:
@@ -710,19 +709,6 @@ def _free_pieces(how: str) -> int | None:
             return 64
         return 1 if steps[0].kind == "align" else None
     return None
-
-
-def freed_goes_back(size: int, heap: int) -> None:
-    """Have freed memory go back to the system in pieces of ``size`` bytes, smaller ones where ``heap`` bytes are free.
-
-    Large matrices had better go at once, not into the heaps of the threads: half the memory. Cuts of tensors had not, nor
-    the small matrices of adapters or of a small model, since fetching them again page by page costs a tenth of a merge.
-    Nor does an align step do much with any of them beside its decompositions: there all but the smallest go.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # glibc only
-        tell = ctypes.CDLL(None).mallopt
-        tell(M_MMAP_THRESHOLD, size)
-        tell(M_TRIM_THRESHOLD, heap)
 
 
 def main() -> None:

@@ -31,16 +31,19 @@ from torch import Tensor
 
 from . import late
 from .errors import SentenceError, WeightsError
+from .heap import give_back
 from .models.statistics import is_statistic
 from .parallel import in_order, one_thread_each
 from .progress import Progress, silent
 from .sentence import Sentence, Step, find, takes
+from .steps.select import known_before
 from .weights.adapter import Factors
 from .weights.header import factors, header, pieces, shape_of, touches
 from .where import Where
 
 CUT = 1 << 17  # entries; a multiple of 16, so that a generator draws for cuts what it draws for the whole tensor
 HUGE = 1 << 22  # bytes
+LARGE = 1 << 20  # entries of all experts; beside the steps that take a whole tensor, giving memory back is nothing
 Surveys = Mapping[tuple[int, str], Any]
 
 
@@ -121,6 +124,9 @@ def survey(job: Job, *, share: Any = None, progress: Progress = silent) -> Surve
             elif step.looks and step.scope == "model":
                 learned: list[Any] = []
                 for p, look in enumerate(step.looks):
+                    if (known := known_before(look, learned)) is not None:
+                        learned.append(known)
+                        continue
                     with progress(f"survey {step}, pass {p + 1} of {len(step.looks)}", len(names)) as tick:
                         sums = _sums(job, names, i, look, learned, surveys, share, (i, told, p), tick)
                     if sums is None:
@@ -379,7 +385,9 @@ def _tensor_surveys(
         if _looks_here(i, step, surveys):
             learned: list[Any] = []
             for look in step.looks:
-                seen = _look(job, name, i, look, learned, local, pad, cuts)
+                seen = known_before(look, learned)
+                if seen is None:
+                    seen = _look(job, name, i, look, learned, local, pad, cuts)
                 if seen is None:
                     break
                 learned.append(seen)
@@ -707,6 +715,8 @@ def merge_each(
             put(name, piece)
         if done is not None:
             done(name)
+        if job.sizes([name])[0] >= LARGE and not all(step.elementwise for step in job.steps(name)):
+            give_back()
 
     names = job.names if only is None else only
     with one_thread_each() as workers, progress(f"merge {job.sentence}", len(names)) as tick:

@@ -19,12 +19,14 @@ import torch
 from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import hardshrink
+from torch.nn.functional import hardshrink, pad
 
 CHUNK = 1 << 16  # entries worked on at a time, so that intermediate results stay in the processor's cache
 MANY = 1 << 20  # keys that wait to be counted: counting a few at a time would mostly add up empty bins
 HALF, LOWER = 1 << 15, 1 << 16  # bins of 15 and of 16 bits
 MAGNITUDE = 0x7FFFFFFF  # all bits but the sign
+# a count waits for the one before it in the same bin, so many zeros in a row are counted in four bins by turns
+LANES: NDArray[np.int32] = np.arange(CHUNK, dtype=np.int32) % 4 * HALF
 
 _REMEMBERED: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
 Bits = NDArray[np.int32]
@@ -33,7 +35,10 @@ Look = Callable[..., Any]
 
 
 class Tally:
-    """A histogram of integer keys: ``a + b`` is that of the keys of both. Keys wait uncounted until they are many."""
+    """A histogram of integer keys: ``a + b`` is that of the keys of both. Keys wait uncounted until they are many.
+
+    Keys that differ by a multiple of ``bins`` fall into the same one.
+    """
 
     def __init__(self, bins: int, keys: tuple[Keys, ...] = (), counted: Tensor | None = None):
         self.bins, self.keys, self.counted = bins, keys, counted
@@ -50,8 +55,10 @@ class Tally:
     @cached_property
     def _counts(self) -> Tensor:
         before = torch.zeros(self.bins, dtype=torch.int64) if self.counted is None else self.counted
-        keys = torch.from_numpy(np.concatenate(self.keys)) if self.keys else None
-        return before if keys is None else torch.bincount(keys, minlength=self.bins) + before
+        if not self.keys:
+            return before
+        counts = torch.bincount(torch.from_numpy(np.concatenate(self.keys)), minlength=self.bins)
+        return before + pad(counts, (0, -len(counts) % self.bins)).view(-1, self.bins).sum(dim=0)
 
 
 class Tallies:
@@ -84,7 +91,12 @@ def coarse(deltas: Float[Tensor, "experts *cut"], *, signed: bool = False) -> Ta
     def upper(bits: Bits) -> Keys:
         return (bits >> 16) + HALF if signed else (bits >> 16).astype(np.int16)
 
-    return Tallies([_tally(row, LOWER if signed else HALF, upper, signed) for row in deltas])
+    def spread(bits: Bits) -> Keys:
+        return (bits >> 16) + LANES[: len(bits)]
+
+    if signed:
+        return Tallies([_tally(row, LOWER, upper, signed) for row in deltas])
+    return Tallies([_tally(row, HALF, spread if _sparse(row) else upper, signed) for row in deltas])
 
 
 def fine(deltas: Float[Tensor, "experts *cut"], places: Sequence[Sequence[int]], *, signed: bool = False) -> Tallies:
@@ -105,6 +117,30 @@ def fine(deltas: Float[Tensor, "experts *cut"], places: Sequence[Sequence[int]],
 
     rows = zip(deltas, places, strict=True)
     return Tallies([_tally(row, LOWER * len(wanted), lower_in(wanted), signed) for row, wanted in rows])
+
+
+def fine_at(found: Callable[[Sequence[Any], int], Sequence[Sequence[int]]]) -> Look:
+    """Return the look that is `fine` at the places ``found(learned, experts)``, by the totals of `coarse` among others.
+
+    It need not look where all of them are the lowest bin: magnitudes under 2^-133, of 9e-41, count as zero there. So it is
+    where a step before has dropped more than is to be dropped (see `known_before`).
+    """
+
+    def look(deltas: Tensor, learned: Sequence[Any]) -> Tallies:
+        return fine(deltas, found(learned, len(deltas)))
+
+    def known(learned: Sequence[Any]) -> Tensor | None:
+        wanted = found(learned, len(learned[0]))
+        return None if any(map(any, wanted)) else torch.zeros(len(wanted), LOWER * len(wanted[0]), dtype=torch.int64)
+
+    look.known = known  # type: ignore[attr-defined]
+    return look
+
+
+def known_before(look: Look, learned: Sequence[Any]) -> Any:
+    """Return what a look would find, where that is known of the totals of those before it; None where it has to look."""
+    known = getattr(look, "known", None)
+    return None if known is None else known(learned)
 
 
 def size(upper: Histogram) -> int:
@@ -145,7 +181,8 @@ def look_at(deltas: Tensor, looks: Sequence[Look], **given: Any) -> list[Any]:
     """Return what the looks learn from these deltas alone, as if they were the whole model."""
     learned: list[Any] = []
     for look in looks:
-        learned.append(look(deltas, learned, **given))
+        known = known_before(look, learned)
+        learned.append(look(deltas, learned, **given) if known is None else known)
     return learned
 
 
@@ -262,6 +299,11 @@ def _locate(counts: Int64[Tensor, "bins"], k: int) -> tuple[int, int]:
     back = min(int(torch.searchsorted(reached, k)), len(counts) - 1)
     place = len(counts) - 1 - back
     return place, int(reached[back] - counts[place])
+
+
+def _sparse(row: Tensor) -> bool:
+    """Tell whether the first entries are mostly zero."""
+    return int(row.detach().reshape(-1)[:256].count_nonzero()) < min(128, row.numel() / 2)
 
 
 def _tally(row: Tensor, bins: int, key: Callable[[Bits], Keys], signed: bool) -> Tally:

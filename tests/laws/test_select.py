@@ -61,14 +61,38 @@ def test_the_kth_largest_is_found_exactly_and_counted(signed: bool, values: list
         assert (above, equals) == ((compared > value).sum(), (compared == value).sum())
 
 
-def test_keys_that_waited_are_all_counted() -> None:
-    """Enough entries for a histogram to be counted in between, in pieces larger and smaller than one chunk."""
+@pytest.mark.parametrize("zeros", [0.0, 0.3, 0.9, 1.0])
+def test_keys_that_waited_are_all_counted(zeros: float) -> None:
+    """Enough entries for a histogram to be counted in between, in pieces larger and smaller than one chunk.
+
+    Of pieces that begin with many zeros the bins are counted by turns, of others they are not.
+    """
     x = normal(0, 1, 3 * select.MANY // 2)
+    x *= torch.rand(x.shape, generator=rng(1)) >= zeros
+    x[:, : x.shape[1] // 2] += 0.01 * (zeros == 0.9)
     cuts = [*x.split(select.CHUNK + 5, dim=1)]
     assert torch.equal(
         reduce(add, [select.coarse(cut) for cut in cuts]).tensor(),
         torch.bincount(x[0].abs().view(torch.int32) >> 16, minlength=1 << 15)[None],
     )
+
+
+@pytest.mark.parametrize("how", ["ties(density=0.3)", "trim(density=0.3) | average"])
+@pytest.mark.parametrize("scope", ["model", "tensor"])
+def test_a_model_is_looked_at_once_where_the_step_before_has_dropped_more(monkeypatch, how: str, scope: str) -> None:
+    """The second look is known without looking: the threshold is zero, and what is left is kept, bit by bit."""
+    looks = []
+    fine = select.fine
+    monkeypatch.setattr(select, "fine", lambda *args, **given: looks.append(1) or fine(*args, **given))
+    base = {name: normal(9, 40, 50) for name in "ab"}
+    experts = [{name: one + normal(k, 40, 50) for name, one in base.items()} for k in (1, 2)]
+    scoped = how.replace("0.3", f'0.3, scope="{scope}"')
+    sparse = merge(base, experts, f"dare(keep=0.1) | {scoped}")
+    assert not looks
+    untrimmed = merge(base, experts, f"dare(keep=0.1) | {how.replace('0.3', '1.0')}")
+    assert all(torch.equal(sparse[name], untrimmed[name]) for name in base)
+    merge(base, experts, f"dare(keep=0.9) | {scoped}")
+    assert looks
 
 
 def test_what_was_read_off_a_histogram_is_forgotten_when_it_changes() -> None:

@@ -100,8 +100,8 @@ def passes(
     def coarse(deltas: Tensor, learned: list[Any]) -> Tallies:
         return select.coarse(deltas)
 
-    def fine(deltas: Tensor, learned: list[Any]) -> Tallies:
-        return select.fine(deltas, select.remembered(_bins, learned, density, rule, len(deltas)))
+    def bins(learned: Sequence[Any], experts: int) -> list[list[int]]:
+        return select.remembered(_bins, learned[:1], density, rule, experts)
 
     def signs(deltas: Tensor, learned: list[Any]) -> Tensor:
         w = per_expert("weights", weights, len(deltas)) if weights is not None and weights_vote else None
@@ -109,7 +109,7 @@ def passes(
         parts = _rows(deltas.detach().float()).split(CHUNK, dim=1)
         return _add([_vote(_trim(part, thetas, w), elect).sign().sum(dtype=torch.float64) for part in parts])
 
-    histograms: list[select.Look] = [coarse, fine] if any(share < 1 for share in shares) else []
+    histograms: list[select.Look] = [coarse, select.fine_at(bins)] if any(share < 1 for share in shares) else []
     return [*histograms, signs] if rule == "reference" else histograms
 
 

@@ -75,15 +75,15 @@ def passes(
     def coarse(deltas: Tensor, learned: list[Any]) -> select.Tallies:
         return select.coarse(deltas)
 
-    def fine(deltas: Tensor, learned: list[Any]) -> select.Tallies:
-        rows = zip(each(len(deltas)), (learned[0][t] for t in range(len(deltas))), strict=True)
-        return select.fine(deltas, [select.places(row, [select.share(one, select.size(row))]) for one, row in rows])
+    def bins(learned: Sequence[Any], experts: int) -> list[list[int]]:
+        rows = zip(each(experts), (learned[0][t] for t in range(experts)), strict=True)
+        return [select.places(row, [select.share(one, select.size(row))]) for one, row in rows]
 
     def lengths(deltas: Tensor, learned: list[Any]) -> Tensor:
         found = [_theta([total[t] for total in learned], one) for t, one in enumerate(each(len(deltas)))]
         return select.lengths(deltas, [theta for theta, _, _ in found])
 
-    return [coarse, fine, *([lengths] if rescale else [])] if min(shares) < 1 else []
+    return [coarse, select.fine_at(bins), *([lengths] if rescale else [])] if min(shares) < 1 else []
 
 
 def elementwise(*, equal: str = "all", **_knobs: Any) -> bool:
