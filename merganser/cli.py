@@ -22,7 +22,6 @@ from .errors import DataError, MerganserError, RecipeError, WeightsError
 from .heap import freed_goes_back
 
 
-
 class _Quick:
     """A help option that is False where it is not asked for: unset, typer imports pydantic to find that out."""
 
@@ -51,9 +50,22 @@ app = typer.Typer(
     help="Merge fine-tuned models without interference: adapt, merge, diagnose, evaluate, report.",
 )
 
+
+def place(text: str) -> Path:
+    """Return a path; an empty one, mostly a shell variable that is not set, would mean the folder one is in."""
+    if not text.strip():
+        raise typer.BadParameter("is empty: name a folder, or . for this one")
+    return Path(text)
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value for machines instead of a table.")]
 Recipe = Annotated[Path, typer.Argument(help="A recipe.toml: base, experts, tasks, inputs, sentences.")]
-To = Annotated[Path, typer.Option("--to", help="The folder to write into; what is done there is not done again.")]
+To = Annotated[
+    Path,
+    typer.Option(
+        "--to", parser=place, metavar="PATH", help="The folder to write into; what is done there is not done again."
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check, say what would be done, and write nothing.")]
 Experts = Annotated[list[str] | None, typer.Argument(help="Models fine-tuned from the base, or LoRA adapters for it.")]
@@ -170,7 +182,9 @@ def merge(
     ],
     experts: Experts = None,
     how: How = "",
-    to: Annotated[Path, typer.Option("--to", help="The folder for the merged model.")] = Path("merged"),
+    to: Annotated[
+        Path, typer.Option("--to", parser=place, metavar="PATH", help="The folder for the merged model.")
+    ] = Path("merged"),
     own: Own = None,
     where: Patterns = None,
     ingredient: Ingredients = None,
@@ -227,7 +241,9 @@ def check_all(
     base: Annotated[str, typer.Argument(help="The base as for `merge`; or a recipe.toml, or a mergekit YAML, alone.")],
     experts: Experts = None,
     how: How = "",
-    to: Annotated[Path | None, typer.Option("--to", help="The folder for the result.")] = None,
+    to: Annotated[
+        Path | None, typer.Option("--to", parser=place, metavar="PATH", help="The folder for the result.")
+    ] = None,
     own: Own = None,
     where: Patterns = None,
     ingredient: Ingredients = None,
@@ -556,7 +572,9 @@ def sources(
 @guarded
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Folders that `run`, `demo` or `bench` wrote.")],
-    to: Annotated[Path | None, typer.Option("--to", help="The HTML file to write.")] = None,
+    to: Annotated[
+        Path | None, typer.Option("--to", parser=place, metavar="PATH", help="The HTML file to write.")
+    ] = None,
     figure: Annotated[Path | None, typer.Option(help="Also an SVG of what adapting gained in the first run.")] = None,
     dry_run: DryRun = False,
     as_json: Json = False,

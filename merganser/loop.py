@@ -43,7 +43,7 @@ from .where import Where
 
 CUT = 1 << 17  # entries; a multiple of 16, so that a generator draws for cuts what it draws for the whole tensor
 HUGE = 1 << 22  # bytes
-LARGE = 1 << 20  # entries of all experts; beside the steps that take a whole tensor, giving memory back is nothing
+LARGE = 1 << 23  # entries of all experts: beside what a step makes of as many, giving memory back costs nothing
 Surveys = Mapping[tuple[int, str], Any]
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Settings = dict[str, Any]
 DTYPES = ("float32", "float16", "bfloat16", "float64")
+CHATS = Path(__file__).parent / "chat"  # templates of well-known ways to talk, by name
 OTHERS = {
     "experts": "mergekit-moe",
     "gate_mode": "mergekit-moe",
@@ -110,6 +111,15 @@ class Module(_Part):
     parameters: Settings | None = None
 
 
+@dataclass(frozen=True)
+class Section:
+    """A part of a model: ``where`` the config speaks of it, what it is merged of, and its name among several."""
+
+    where: str
+    inputs: Module
+    name: str = ""
+
+
 class Row(_Part):
     """An embedding: of a token of the same name in a model, of any token of a model by name or number, or zeros."""
 
@@ -168,18 +178,16 @@ class Config(_Part):
             raise ValueError("say what is merged with one of models, slices and modules")
         if self.tokenizer_source and self.tokenizer:
             raise ValueError("tokenizer_source and tokenizer say the same thing: give one of them")
-        if self.chat_template and self.chat_template != "auto" and "{" not in self.chat_template:
-            raise ValueError(
-                f"chat_template '{self.chat_template}' names a file inside mergekit: give the template itself, or auto"
-            )
+        if self.chat_template and "{" not in self.chat_template:
+            known = ["auto", *sorted(file.stem for file in CHATS.glob("*.jinja"))]
+            if self.chat_template not in known:
+                raise ValueError(
+                    f"unknown chat_template '{self.chat_template}'{did_you_mean(self.chat_template, known)}; "
+                    f"known: {', '.join(known)}; or give the template itself"
+                )
         for name, module in (self.modules or {}).items():
             if bool(module.models) == bool(module.slices):
                 raise ValueError(f"modules.{name} needs either models or slices")
-            if len(self.modules or {}) > 1:
-                raise ValueError(
-                    f"modules ({', '.join(self.modules or {})}) are parts of a model by mergekit's table of "
-                    f"architectures; merge with models, whose parameters can be filtered by name"
-                )
         return self
 
     @property
@@ -188,11 +196,11 @@ class Config(_Part):
         return self.tokenizer.source if self.tokenizer else self.tokenizer_source
 
     @property
-    def inputs(self) -> Module:
-        """What is merged, however it was written."""
+    def sections(self) -> list[Section]:
+        """What is merged, however it was written: the modules, or one that is the whole model."""
         if self.modules:
-            return next(iter(self.modules.values()))
-        return Module(slices=self.slices, models=self.models)
+            return [Section(f"modules.{name}.", module, name) for name, module in self.modules.items()]
+        return [Section("", Module(slices=self.slices, models=self.models))]
 
 
 @dataclass(frozen=True)

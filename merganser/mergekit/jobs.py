@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -17,9 +17,10 @@ from ..weights.open import Source as Place
 from ..weights.open import named, open_headers
 from ..weights.stored import first
 from ..weights.vocabulary import BASE, Writer
-from .config import Config, Input, Ref, Slice, Source, Told
+from .config import Config, Input, Ref, Section, Slice, Source, Told
 from .layers import Laid, stacked, stacks, unfit, whole
 from .methods import METHODS, Method, refused
+from .modules import shared_out
 from .settings import check, filters, resolve
 from .views import Origin, Tuned, Zeros, promoted, taken
 from .vocabulary import one_vocabulary
@@ -129,19 +130,22 @@ def _planned(
     made: Mapping[str, Weights], wrong: list[MerganserError],
 ) -> Plan | None:  # fmt: skip
     """Return the plan; None where something prevents it, which is in ``wrong`` then."""
-    slices = _slices(config)
-    refs = list(dict.fromkeys(ref for ref in (config.base_model, *_refs(slices)) if ref is not None))
+    sections = [(section, _slices(config, section)) for section in config.sections]
+    refs = list(dict.fromkeys(ref for ref in (config.base_model, *_refs(sections)) if ref is not None))
     said, speaker = config.chosen_tokenizer, None
     if said not in (None, "base", "union") and all(said != str(ref) for ref in refs):
         speaker = Input.model_validate({"model": said}).model  # of which only the tokenizer is used
         refs.append(speaker)
-    for k, one in enumerate(slices):
-        with _gathered(wrong):
-            where = f"slices[{k}]" if config.inputs.slices else "models"
-            _contract(where, method, one, _base(config, one))
+    for section, slices in sections:
+        for k, one in enumerate(slices):
+            with _gathered(wrong):
+                where = section.where + (f"slices[{k}]" if section.inputs.slices else "models")
+                _contract(where, method, one, _base(config, one))
     models, places = _opened(refs, path.parent, opened, made, wrong)
-    if config.inputs.slices:
-        wrong += unfit(slices, models)
+    whose = _shared_out([section.name for section, _ in sections], models, wrong)
+    for section, slices in sections:
+        if section.inputs.slices:
+            wrong += unfit(slices, whose[section.name], section.where)
     if wrong or method is None:
         return None
     short = dict(zip(refs, named(list(places.values())), strict=True))
@@ -152,27 +156,56 @@ def _planned(
         models, writer = one_vocabulary(config, models, short, notes, speaker)
     if wrong:
         return None
-    origins = [_base(config, one) or one.sources[0].model for one in slices]
-    if config.inputs.slices:
-        laid = stacked(slices, models, origins)
-        for extra in list(stacks(models[origins[0]]))[1:]:
-            notes.append(f"'{extra}*' is a second stack of layers: it is taken whole, from the last slice")
-    else:
-        laid = [whole(slices[0], list(models[origins[0]]))]
     plan = Plan(
-        path, config, text, method, {short[ref]: weights for ref, weights in models.items()}, short, laid, [],
+        path, config, text, method, {short[ref]: weights for ref, weights in models.items()}, short, [], [],
         Origin(folder_of(models[refs[0]])), config.out_dtype or config.dtype, {}, notes, writer,
     )  # fmt: skip
-    for part, origin in zip(laid, origins, strict=True):
-        with _gathered(wrong):
-            _add(plan, part, origin, {ref: (models[ref], short[ref]) for ref in refs}, seed, opened is open_headers)
+    for section, slices in sections:
+        names = whose[section.name]
+        origins = [_base(config, one) or one.sources[0].model for one in slices]
+        plan.laid += (laid := _laid(section, slices, names, origins, notes))
+        for part, origin in zip(laid, origins, strict=True):
+            with _gathered(wrong):
+                _add(plan, part, origin, {r: (models[r], short[r]) for r in refs}, seed, opened is open_headers, names)
+    _copy_the_rest(plan, models[refs[0]], whose[None][refs[0]], short[refs[0]])
     _note_filters(plan)
     return plan
 
 
-def _slices(config: Config) -> list[Slice]:
+def _shared_out(
+    modules: Sequence[str], models: Mapping[Ref, Weights], wrong: list[MerganserError]
+) -> dict[str | None, dict[Ref, list[str]]]:
+    """Return for each module, and for none of them, the tensors of every model, as far as they can be told."""
+    whose: dict[str | None, dict[Ref, list[str]]] = {module: {} for module in (*modules, None)}
+    for ref, weights in models.items():
+        with _gathered(wrong):
+            for module, names in shared_out(modules, weights).items():
+                whose[module][ref] = names
+    return whose
+
+
+def _laid(
+    section: Section, slices: list[Slice], names: Mapping[Ref, list[str]], origins: Sequence[Ref], notes: list[str]
+) -> list[Laid]:
+    """Lay out what is merged of the tensors ``names`` of each model; ``origins`` give those that must be there."""
+    if not section.inputs.slices:
+        return [replace(whole(slices[0], names[origins[0]]), section=section)]
+    for extra in list(stacks(names[origins[0]]))[1:]:
+        notes.append(f"'{extra}*' is a second stack of layers: it is taken whole, from the last slice")
+    return [replace(one, section=section) for one in stacked(slices, names, origins)]
+
+
+def _copy_the_rest(made: Plan, weights: Weights, names: Sequence[str], who: str) -> None:
+    """Copy what belongs to no module, where mergekit leaves it out and the result cannot be loaded."""
+    for name in names:
+        made.origin.add(name, weights, header(weights, name)[0], who)
+    if names:
+        made.notes.append(f"{first(names)}: of no module, so '{who}' gives {'it' if len(names) == 1 else 'them'}")
+
+
+def _slices(config: Config, section: Section) -> list[Slice]:
     """Return what is merged as slices; whole models are one slice, which the base joins if it was not listed."""
-    inputs = config.inputs
+    inputs = section.inputs
     if inputs.slices:
         return inputs.slices
     sources = [Source(model=m.model, layer_range=None, parameters=m.parameters) for m in inputs.models or ()]
@@ -181,8 +214,8 @@ def _slices(config: Config) -> list[Slice]:
     return [Slice(sources=sources)]
 
 
-def _refs(slices: Sequence[Slice]) -> Iterator[Ref]:
-    for one in slices:
+def _refs(sections: Sequence[tuple[Section, list[Slice]]]) -> Iterator[Ref]:
+    for one in (one for _, slices in sections for one in slices):
         if one.base_model:
             yield one.base_model
         for source in one.sources:
@@ -260,14 +293,16 @@ def _faults(config: Config, method: Method) -> Iterator[str]:
 
 def _all_settings(config: Config) -> Iterator[tuple[str, Any]]:
     yield "parameters", config.parameters
-    if config.modules:
-        yield f"modules.{next(iter(config.modules))}.parameters", config.inputs.parameters
-    for i, model in enumerate(config.inputs.models or ()):
-        yield f"models[{i}].parameters", model.parameters
-    for k, one in enumerate(config.inputs.slices or ()):
-        yield f"slices[{k}].parameters", one.parameters
-        for i, source in enumerate(one.sources):
-            yield f"slices[{k}].sources[{i}].parameters", source.parameters
+    for section in config.sections:
+        at, inputs = section.where, section.inputs
+        if at:
+            yield f"{at}parameters", inputs.parameters
+        for i, model in enumerate(inputs.models or ()):
+            yield f"{at}models[{i}].parameters", model.parameters
+        for k, one in enumerate(inputs.slices or ()):
+            yield f"{at}slices[{k}].parameters", one.parameters
+            for i, source in enumerate(one.sources):
+                yield f"{at}slices[{k}].sources[{i}].parameters", source.parameters
 
 
 def _notes(config: Config, method: Method, models: Mapping[Ref, Weights]) -> Iterator[str]:
@@ -279,6 +314,8 @@ def _notes(config: Config, method: Method, models: Mapping[Ref, Weights]) -> Ite
             yield f"{name} changes nothing here"
     for name in {"density", "rescale"} & said if method.name == "task_arithmetic" else ():
         yield f"task_arithmetic has no use for {name}"
+    if config.chat_template in ("alpaca", "exaone", "llama3"):
+        yield f"chat_template {config.chat_template} has the line breaks its models were trained with, mergekit's others"
     if config.dtype in ("float16", "bfloat16"):
         yield f"numbers are computed in float32 and rounded to {config.out_dtype or config.dtype} once, at the end"
 
@@ -292,7 +329,10 @@ def _note_filters(made: Plan) -> None:
                     made.notes.append(f"{where}.{name}: no tensor's name has '{one}' in it{glob}")
 
 
-def _add(made: Plan, laid: Laid, origin: Ref, models: Mapping[Ref, tuple[Weights, str]], seed: int, peek: bool) -> None:
+def _add(
+    made: Plan, laid: Laid, origin: Ref, models: Mapping[Ref, tuple[Weights, str]], seed: int, peek: bool,
+    names: Mapping[Ref, list[str]],
+) -> None:  # fmt: skip
     """Add the job of one slice to the plan, and its tensors to the output."""
     from ..loop import Job
 
@@ -304,7 +344,7 @@ def _add(made: Plan, laid: Laid, origin: Ref, models: Mapping[Ref, tuple[Weights
         for ref, (weights, names) in zip(refs, sources, strict=True)
     }
     if laid.layers is None:
-        _note_beyond(made, laid, {models[ref][1]: models[ref][0] for ref in refs})
+        _note_beyond(made, laid, {models[ref][1]: names[ref] for ref in refs})
     matched = match(views[origin], {models[ref][1]: views[ref] for ref in refs if ref != origin}, peek=peek)
     based = _base(made.config, laid.slice) if made.method.base != "none" else None
     experts = {models[ref][1]: matched.base if ref == origin else matched.experts[models[ref][1]] for ref in refs}
@@ -335,9 +375,9 @@ def _alike(matched: Matched, texts: Mapping[str, str]) -> dict[str, str]:
     return {name: other for name, other in matched.alike.items() if name in texts and other in texts}
 
 
-def _note_beyond(made: Plan, laid: Laid, models: Mapping[str, Weights]) -> None:
-    for who, weights in models.items():
-        if beyond := [n for n in weights if n not in laid.names and not n.endswith(BUFFERS)]:
+def _note_beyond(made: Plan, laid: Laid, names: Mapping[str, list[str]]) -> None:
+    for who, its in names.items():
+        if beyond := [n for n in its if n not in laid.names and not n.endswith(BUFFERS)]:
             made.notes.append(f"'{who}' has {first(beyond)}, which the others lack: left out")
 
 
@@ -356,7 +396,7 @@ def _texts(
     Raises RecipeError for values that cannot be used: all those of the first tensor that has such.
     """
     config, method, texts = made.config, made.method, {}
-    common = (laid.slice.parameters, config.inputs.parameters, config.parameters)
+    common = (laid.slice.parameters, laid.section.inputs.parameters if laid.section else None, config.parameters)
     own = {source.model: (source.parameters, *common) for source in laid.slice.sources}
     places = {ref: i for i, ref in enumerate(own)}
     for name, numel in sizes.items():

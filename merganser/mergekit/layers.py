@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from ..errors import RecipeError
 from ..where import LAYER
-from .config import Ref, Slice
+from .config import Ref, Section, Slice
+from .modules import COUNTS, PARTS
 
 FIRST = re.compile(r"(^|[._])(w[tp]e|\w*emb|\w*embed(?!_out)\w*)([._]|$)")
 KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -28,6 +29,7 @@ class Laid:
     names: Mapping[str, tuple[str, ...]]
     t: Mapping[str, float]
     layers: tuple[int, ...] | None = None
+    section: Section | None = None
 
 
 def stacks(names: Iterable[str]) -> dict[str, int]:
@@ -57,19 +59,19 @@ def whole(merged: Slice, names: Sequence[str]) -> Laid:
     return Laid(merged, {name: (name,) * len(merged.sources) for name in names}, t)
 
 
-def unfit(slices: Sequence[Slice], models: Mapping[Ref, Iterable[str]]) -> list[RecipeError]:
-    """Return what is wrong with the layers that slices ask of those models that are known."""
+def unfit(slices: Sequence[Slice], models: Mapping[Ref, Iterable[str]], where: str = "") -> list[RecipeError]:
+    """Return what is wrong with the layers that slices ask of those models that are known; ``where``: before "slices"."""
     wrong = []
     for k, one in enumerate(slices):
         spans = []
         for i, source in enumerate(one.sources):
             try:
                 if source.model in models:
-                    spans.append(_span(f"slices[{k}].sources[{i}]", source.layer_range, source.model, models))
+                    spans.append(_span(f"{where}slices[{k}].sources[{i}]", source.layer_range, source.model, models))
             except RecipeError as error:
                 wrong.append(error)
         if len({last - first for first, last in spans}) > 1:
-            wrong.append(RecipeError(f"slices[{k}]: its sources have different numbers of layers: {spans}"))
+            wrong.append(RecipeError(f"{where}slices[{k}]: its sources have different numbers of layers: {spans}"))
     return wrong
 
 
@@ -116,15 +118,19 @@ def _span(
     return first, last
 
 
-def restack(config: dict, layers: Sequence[tuple[dict, int]], depth: int) -> None:
+def restack(config: dict, layers: Sequence[tuple[dict, int]], depth: int, module: str = "") -> None:
     """Write the number of layers into a config.json, and layer by layer whatever it lists for each of its layers.
 
     ``layers``: for each layer of the output, the config of the model that it is of, and its number there; ``depth``:
-    how many layers the model has whose config it is.
+    how many layers the model has whose config it is; ``module``: which of several the layers are of, "" if there are none.
     """
+    inner = PARTS.get(module, "")
+    if isinstance(config.get(inner), dict):
+        config, layers = config[inner], [(told.get(inner, {}), i) for told, i in layers]
+    keys = COUNTS.get(module, (*KEYS, "depth"))
     for part, others in _parts(config, [told for told, _ in layers]):
         for key, value in part.items():
-            if key in KEYS and value == depth:
+            if key in keys and value == depth:
                 part[key] = len(layers)
             elif isinstance(value, list) and len(value) == depth and depth > 1:
                 picked = [(other.get(key), i) for other, (_, i) in zip(others, layers, strict=True)]

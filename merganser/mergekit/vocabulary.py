@@ -35,11 +35,11 @@ def one_vocabulary(
     tokens = (config.tokenizer.tokens if config.tokenizer else None) or {}
     multiple = config.tokenizer.pad_to_multiple_of if config.tokenizer else None
     found = difference(models[donor], experts, always=bool(tokens or multiple))
-    base, matched, writer = fitted(found, models[donor], experts, choice)
+    base, matched, writer = fitted(found, models[donor], experts, choice, list(tokens))
     if found is None and (tokens or multiple):
         what = "tokens" if tokens else "pad_to_multiple_of"
         raise RecipeError(f"tokenizer.{what}: the models' folders have no tokenizer whose tokens are rows of theirs")
-    if found is not None and not found.differs:
+    if found is not None and not found.differs and all(word in found.base.tokens for word in tokens):
         writer = None
     if speaker is not None and isinstance(base, BaseRows):  # it has no part in the embeddings, only in the words
         base.others.pop(short[speaker], None)

@@ -14,9 +14,10 @@ from ..weights.save import refuse_overwriting
 from ..weights.stored import Stored
 from ..weights.tokenizer import edit_json, read_config, write_dtype
 from .chain import in_order, place_of, plans
-from .config import Told, read_configs
+from .config import CHATS, Told, read_configs
 from .jobs import Plan, plan_one
 from .layers import restack, stacks
+from .modules import shared_out
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -138,14 +139,17 @@ def card_of(
 def configure(made: Plan, folder: Path) -> None:
     """Write number of layers and dtype of the output into its config.json."""
     donor = next(iter(made.models.values()))
-    layers: list[tuple[dict[str, Any], int]] = []
+    layers: dict[str, list[tuple[dict[str, Any], int]]] = {}
     for laid in made.laid:
-        first = made.models[made.short[laid.slice.sources[0].model]]
-        layers += [(read_config(folder_of(first)), i) for i in laid.layers or ()]
+        if laid.layers is not None and laid.section is not None:
+            first = made.models[made.short[laid.slice.sources[0].model]]
+            layers.setdefault(laid.section.name, []).extend((read_config(folder_of(first)), i) for i in laid.layers)
+    modules = [section.name for section in made.config.sections]
 
     def change(told: dict[str, Any]) -> None:
-        if layers:
-            restack(told, layers, next(iter(stacks(donor).values())))
+        for module, those in layers.items():
+            depth = next(iter(stacks(shared_out(modules, donor)[module]).values()))
+            restack(told, those, depth, module if len(modules) > 1 else "")
 
     edit_json(folder / "config.json", change)
     if made.dtype:
@@ -153,9 +157,12 @@ def configure(made: Plan, folder: Path) -> None:
 
 
 def chat_template(made: Plan) -> str | None:
-    """Return the chat template that the config asks for: its text, or the one that most models have ("auto")."""
-    if made.config.chat_template != "auto":
-        return made.config.chat_template
+    """Return the chat template that the config asks for: its text, one by name, or that of most models ("auto")."""
+    asked = made.config.chat_template
+    if asked is None or "{" in asked:
+        return asked
+    if asked != "auto":
+        return (CHATS / f"{asked}.jinja").read_text(encoding="utf-8")
     found = [text for weights in made.models.values() if (text := _template(folder_of(weights)))]
     return Counter(found).most_common(1)[0][0] if found else None
 

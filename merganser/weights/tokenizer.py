@@ -109,9 +109,9 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def add_tokens(base: Path, target: Path, added: Mapping[str, int], owners: Mapping[str, Path]) -> None:
-    """Put the tokenizer of ``base`` into ``target`` with ``added`` tokens (row by token) from the ``owners``' folders."""
+    """Put the tokenizer of ``base`` into ``target`` with ``added`` tokens (row by token), as their ``owners`` have them."""
     copy_tokenizer(base, target)
-    entries = [{"id": row, "content": token, **_entry(owners[token], token)} for token, row in added.items()]
+    entries = [{"id": row, "content": token, **_entry(owners.get(token), token)} for token, row in added.items()]
     path = target / "tokenizer.json"
     if path.is_file():
         told = json.loads(path.read_text(encoding="utf-8"))
@@ -131,9 +131,9 @@ def add_tokens(base: Path, target: Path, added: Mapping[str, int], owners: Mappi
     tokenizer.save_pretrained(target)
 
 
-def _entry(owner: Path, token: str) -> dict[str, Any]:
-    path = owner / "tokenizer.json"
-    told = json.loads(path.read_text(encoding="utf-8")).get("added_tokens", []) if path.is_file() else []
+def _entry(owner: Path | None, token: str) -> dict[str, Any]:
+    path = owner and owner / "tokenizer.json"
+    told = json.loads(path.read_text(encoding="utf-8")).get("added_tokens", []) if path and path.is_file() else []
     entry: dict[str, Any] = next((t for t in told if t["content"] == token), {})
     return {key: entry.get(key, value) for key, value in PLAIN.items()}
 

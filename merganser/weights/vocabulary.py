@@ -113,9 +113,16 @@ def match_vocabularies(
 
 
 def fitted(
-    found: Difference | None, base: Weights, experts: Mapping[str, Weights], choice: str | None
+    found: Difference | None,
+    base: Weights,
+    experts: Mapping[str, Weights],
+    choice: str | None,
+    words: Sequence[str] = (),
 ) -> tuple[Weights, dict[str, Weights], Writer | None]:
-    """Return what `match_vocabularies` does, for a difference that is known."""
+    """Return what `match_vocabularies` does, for a difference that is known.
+
+    ``words`` that the vocabulary chosen lacks join it; where no model has one, its row is zero in all of them.
+    """
     if choice is not None and choice not in (BASE, "union", *experts):
         raise WeightsError(
             f"no vocabulary '{choice}'{did_you_mean(choice, [BASE, 'union', *experts])}: base, union or an expert"
@@ -125,6 +132,10 @@ def fitted(
     if choice is None:
         raise WeightsError(str(found))
     target, rows = _target(found, choice)
+    if more := [word for word in dict.fromkeys(words) if word not in target]:
+        first = max(target.values(), default=-1) + 1
+        target |= {word: first + k for k, word in enumerate(more)}
+        rows = _grown(rows, first, first + len(more))
     zero = BaseRows(found, choice, target, rows)
     views: dict[str, Weights] = {who: ExpertRows(zero, s, s.map(target, rows)) for who, s in found.experts.items()}
     return zero, views, _writer(found, choice, target, rows)
@@ -230,11 +241,15 @@ def _target(found: Difference, choice: str) -> tuple[dict[str, int], int]:
             )
         for _, token in new:
             target[token] = len(target) if first == len(target) else max(target.values()) + 1
-    need, rows = max(target.values(), default=-1) + 1, found.base.rows
-    if need > rows and rows > first:  # the base was padded
+    return target, _grown(found.base.rows, first, max(target.values(), default=-1) + 1)
+
+
+def _grown(rows: int, first: int, need: int) -> int:
+    """Return the number of rows for ``need`` tokens where ``first`` had ``rows``: to a multiple if these were padded."""
+    if need > rows > first:
         multiple = min(rows & -rows, PADDING)
         need = -(-need // multiple) * multiple
-    return target, max(need, rows)
+    return max(need, rows)
 
 
 class _Rows(Over):
@@ -337,23 +352,23 @@ def _wider(one: str, other: str) -> str:
 
 def _writer(found: Difference, choice: str, target: Mapping[str, int], rows: int) -> Writer | None:
     """Return what makes the base's files in a folder those of the chosen vocabulary."""
-    base = found.base
-    if choice == BASE or base.folder is None:
+    base, other = found.base, found.experts.get(choice)
+    speaker = other or base
+    home = speaker.folder
+    new = {token: row for token, row in target.items() if token not in speaker.tokens}
+    if base.folder is None or home is None or (choice == BASE and not new):
         return None
-    home = base.folder
-    new = {token: row for token, row in target.items() if token not in base.tokens}
     owners = {t: s.folder for s in reversed(list(found.experts.values())) for t in new if t in s.tokens and s.folder}
     token_at = {row: token for token, row in base.tokens.items()}
-    other = found.experts[choice].folder if choice in found.experts else None
 
     def write_tokenizer(folder: Path) -> None:
         """Put the tokenizer of the chosen vocabulary into ``folder``, and its size and special tokens into the configs."""
-        if other is not None:
-            copy_tokenizer(other, folder)
-        elif choice == "union":
+        if new:
             add_tokens(home, folder, new, owners)
+        elif other is not None:
+            copy_tokenizer(home, folder)
         for name in ("config.json", "generation_config.json"):
-            like = read_config(other, name)
+            like = read_config(home if other is not None else None, name)
             edit_json(folder / name, partial(_configure, like=like))
 
     def _configure(told: dict[str, Any], like: Mapping[str, Any]) -> None:

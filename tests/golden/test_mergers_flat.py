@@ -3,7 +3,7 @@
 Magnitude masking, a baseline of the TALL paper, is no step but two: the entries that TIES' trim keeps of one expert, as
 a mask on the sum. The reference forms masks from weights, we from deltas: entries within rounding of the threshold may
 differ, in these cases none does.
-Not compared: adamergingpp/*, which keeps per-expert task vectors for learned coefficients and merges nothing.
+AdaMerging++ learns coefficients on what TIES leaves of each expert: the sum of TIES with weights that join after the vote.
 emr/* and magmax/* are compared in test_flat_interpolation.py.
 """
 
@@ -20,6 +20,8 @@ CASES = described("mergers_flat")
 TALL = [n for n in CASES if n.startswith("tall/")]
 PCB = [n for n in CASES if n.startswith("pcb/")]
 MAGNITUDE = [n for n in CASES if n.startswith("mag_masking/")]
+
+ADAMERGINGPP = [n for n in CASES if n.startswith("adamergingpp/")]
 
 
 def flat_deltas(case: str) -> Tensor:
@@ -92,3 +94,19 @@ def test_every_case_is_compared_or_named_above() -> None:
     assert {*CASES} - {*TALL, *PCB, *MAGNITUDE} == {
         n for n in CASES if n.startswith(("emr/", "magmax/", "adamergingpp/"))
     }
+
+
+@pytest.mark.parametrize("case", ADAMERGINGPP)
+def test_coefficients_on_what_ties_leaves_of_each_expert(case: str) -> None:
+    share, (inputs, outputs) = CASES[case]["params"]["K"] / 100, tensors("mergers_flat", case)
+
+    def summed(weights: list[float]) -> Tensor:
+        knobs = {"density": share, "merge": "sum", "rule": "reference", "weights_vote": False}
+        return ties(inputs["tv"], weights=weights, **knobs)
+
+    count = len(inputs["tv"])
+    for t, selected in enumerate(outputs["selected"]):
+        torch.testing.assert_close(summed([float(k == t) for k in range(count)]), selected, rtol=0, atol=0)
+    torch.testing.assert_close(summed([1.0] * count), outputs["merged_tv"], rtol=1e-6, atol=1e-7)
+    clamped = inputs["lambda_raw"].clamp(0, 1).tolist()
+    torch.testing.assert_close(summed(clamped), outputs["delta_at_lambda"], rtol=1e-6, atol=1e-7)

@@ -1,4 +1,4 @@
-"""Tiny Llamas in Hub layout, written without transformers, the same on every machine."""
+"""Tiny Llamas, and T5s of an encoder and a decoder, in Hub layout, written without transformers, alike on every machine."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -26,6 +26,36 @@ CONFIG = {
     "eos_token_id": 2,
 }
 
+T5 = {
+    "architectures": ["T5ForConditionalGeneration"],
+    "model_type": "t5",
+    "d_model": 8,
+    "d_kv": 4,
+    "d_ff": 12,
+    "num_heads": 2,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+}
+
+
+def t5_shapes() -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of a T5's tensors."""
+    found: dict[str, tuple[int, ...]] = {"shared.weight": (16, 8), "lm_head.weight": (16, 8)}
+    for side, parts in (("encoder", ("SelfAttention",)), ("decoder", ("SelfAttention", "EncDecAttention"))):
+        for i in range(2):
+            at = f"{side}.block.{i}.layer."
+            for k, part in enumerate(parts):
+                found |= {f"{at}{k}.{part}.{x}.weight": (8, 8) for x in "qkvo"} | {f"{at}{k}.layer_norm.weight": (8,)}
+            k = len(parts)
+            found |= {f"{at}{k}.DenseReluDense.{x}.weight": (12, 8) for x in ("wi_0", "wi_1")}
+            found |= {f"{at}{k}.DenseReluDense.wo.weight": (8, 12), f"{at}{k}.layer_norm.weight": (8,)}
+        found[f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = (32, 2)
+        found[f"{side}.final_layer_norm.weight"] = (8,)
+    return found
+
 
 def shapes(layers: int = 4, rows: int = 16) -> dict[str, tuple[int, ...]]:
     """Return names and shapes of a Llama's tensors."""
@@ -42,8 +72,13 @@ def family(
     *experts: str, layers: int = 4, rows: int = 16, dtype: torch.dtype = torch.float32
 ) -> dict[str, dict[str, Tensor]]:
     """Return a base and experts a small step away from it."""
+    return _near(shapes(layers, rows), experts, dtype)
+
+
+def _near(
+    spec: Mapping[str, tuple[int, ...]], experts: Sequence[str], dtype: torch.dtype
+) -> dict[str, dict[str, Tensor]]:
     rng = torch.Generator().manual_seed(7)
-    spec = shapes(layers, rows)
     base = {name: torch.randn(shape, generator=rng) * 0.3 for name, shape in spec.items()}
     models = {"base": base}
     for who in experts:
@@ -72,7 +107,7 @@ def tokens_of(folder: Path) -> dict[str, int]:
 
 
 def families() -> dict[str, dict[str, Tensor]]:
-    """Return all models that the configs name: base, a, b, c; and plain, more, other, third with words of their own."""
+    """Return all models that the configs name: base, a, b, c; plain, more, other, third with words of their own; T5s."""
     models = family("a", "b", "c")
     rng = torch.Generator().manual_seed(11)
     for who, like in (("plain", "base"), ("more", "a"), ("other", "b"), ("third", "c")):
@@ -80,21 +115,23 @@ def families() -> dict[str, dict[str, Tensor]]:
         models[who] = dict(models[like])
         for name in ("model.embed_tokens.weight", "lm_head.weight") if extra else ():
             models[who][name] = torch.cat([models[like][name], 0.3 * torch.randn(extra, 8, generator=rng)])
-    return models
+    near = _near(t5_shapes(), ("t5-a", "t5-b"), torch.float32)
+    return {**models, "t5": near.pop("base"), **near}
 
 
 def write_all(root: Path, models: Mapping[str, Mapping[str, Tensor]]) -> Path:
     """Write all models into folders of ``root``, those with words with their tokenizers."""
     for who, weights in models.items():
-        folder = write(root / who, weights, vocab_size=len(weights["lm_head.weight"]))
+        config = T5 if who.startswith("t5") else CONFIG
+        folder = write(root / who, weights, config, vocab_size=len(weights["lm_head.weight"]))
         if who in WORDS:
             wordy(folder, WORDS[who])
     return root
 
 
-def write(folder: Path, weights: Mapping[str, Tensor], **config: object) -> Path:
+def write(folder: Path, weights: Mapping[str, Tensor], like: Mapping[str, object] = CONFIG, **config: object) -> Path:
     """Write one model into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file({n: t.contiguous() for n, t in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({**CONFIG, **config}))
+    (folder / "config.json").write_text(json.dumps({**like, **config}))
     return folder

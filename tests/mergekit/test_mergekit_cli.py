@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from chats import rendered
 from llamas import family, write, write_all
 from typer.testing import CliRunner
 
@@ -98,7 +99,36 @@ def test_a_second_merge_replaces_the_first_whole(models: Path) -> None:
     assert {name.split(".")[2] for name in Stored(out) if "layers" in name} == {"0", "1"}
 
 
+CHATS = json.loads((Path(__file__).parents[1] / "golden" / "chat_templates.json").read_text())
+SPACED = {  # as those models were trained
+    "alpaca": (
+        "### Instruction:\nHi\nthere",
+        "Be brief.\n\n### Instruction:\nHi\nthere\n\n### Response:\n",
+    ),
+    "exaone": (
+        "[|system|][|endofturn|]\n[|user|] Hi\nthere \n",
+        "[|system|] Be brief. [|endofturn|]\n[|user|] Hi\nthere \n[|assistant|]",
+    ),
+    "llama3": (
+        "<s><|start_header_id|>user<|end_header_id|>\n\nHi\nthere<|eot_id|>",
+        "<s><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nHi\nthere<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+}
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+@pytest.mark.parametrize("name", list(CHATS))
+def test_a_chat_template_by_name_says_what_mergekits_says(models: Path, name: str) -> None:
+    """What mergekit's templates make of conversations; three of them run words together or apart, and ours do not."""
+    (models / "config.yml").write_text(f"{TIES}chat_template: {name}\n")
+    merge_config(models / "config.yml", into=models / "out")
+    ours, theirs = rendered((models / "out" / "chat_template.jinja").read_text()), CHATS[name]
+    if name in ("chatml", "mistral"):
+        assert ours == theirs
+    assert {k: "".join(v.split()) for k, v in ours.items()} == {k: "".join(v.split()) for k, v in theirs.items()}
+    assert (ours["asked"], ours["told+"]) == SPACED.get(name, (ours["asked"], ours["told+"]))
 
 
 def test_a_chat_template_is_put_beside_the_weights(models: Path) -> None:
@@ -110,3 +140,18 @@ def test_a_chat_template_is_put_beside_the_weights(models: Path) -> None:
         merge_config(models / "config.yml", into=models / "out")
         assert (models / "out" / "chat_template.jinja").read_text() == TEMPLATE
         assert json.loads((models / "out" / "tokenizer_config.json").read_text()) == {"pad": "x"}
+
+
+def test_an_empty_target_is_not_the_folder_one_is_in(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(models / "a")
+    before = sorted(Path().iterdir())
+    for verb in (
+        ["merge", "../config.yml"],
+        ["merge", "../base", "../b", "--how", "average"],
+        ["demo"],
+        ["report", "x"],
+    ):
+        done = CliRunner().invoke(app, [*verb, "--to", ""])
+        assert done.exit_code == 2
+        assert "is empty: name a folder" in " ".join(done.output.split())
+    assert sorted(Path().iterdir()) == before

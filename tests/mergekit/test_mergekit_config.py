@@ -72,7 +72,7 @@ def fault(models: Path, text: str) -> str:
         (TIES + "tokenizer: {tokens: {x: {sorce: a}}}", "unknown key 'tokenizer.tokens.x.sorce' (did you mean 'source'?)"),
         (TIES + "tokenizer: {tokens: {x: {source: {kind: model_token, model: a}}}}", "{kind, model, token_id}"),
         (TIES + "tokenizer: {tokens: {x: {source: {kind: zero, token: y}}}}", "zero is of no model and no token"),
-        (TIES + "chat_template: chatml", "give the template itself"),
+        (TIES + "chat_template: chatlm", "unknown chat_template 'chatlm' (did you mean 'chatml'?); known: auto, alpaca"),
         (SLERP, "no t is given for tensor"),
         (SLERP + "parameters: {t: 1.5}", "parameters.t must lie in [0, 1], got 1.5"),
         (SLERP.replace(", {model: b}", "") + "parameters: {t: 1}", "'slerp' takes 1 model beside the base, got 0"),
@@ -87,8 +87,12 @@ def fault(models: Path, text: str) -> str:
          "{model: b, layer_range: [0, 2]}]", "the base among the sources of every slice"),
         ("merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: -1}}]",
          "sum to zero and cannot be normalised"),
-        ("merge_method: linear\nmodules: {text: {models: [{model: a}]}, sight: {models: [{model: a}]}}",
-         "table of architectures"),
+        ("merge_method: linear\nmodules: {encoder: {models: [{model: a}]}, shared: {models: [{model: a}]}}",
+         "modules.encoder: no tensor's name has 'encoder' as a part"),
+        ("merge_method: linear\nmodules: {default: {models: [{model: a}]}, shared: {models: [{model: a}]}}",
+         "default and shared would each take what the others leave"),
+        ("merge_method: linear\nmodules: {layers: {models: [{model: a}], slices: []}, shared: {models: []}}",
+         "modules.shared needs either models or slices"),
     ],
 )  # fmt: skip
 def test_a_fault_is_told_before_work(models: Path, text: str, said: str) -> None:
@@ -208,7 +212,7 @@ models: [{{model: more, parameters: {{weight: 1}}}}]
 tokenizer: {{source: union, tokens: {{{tokens}}}}}
 """
     said = fault(tmp_path, text)
-    for one in ("'<z>': no model has this token", "'<x>': 'plain' lacks the token '<x>'",
+    for one in ("'<z>': 'more' lacks the token '<z>'", "'<x>': 'plain' lacks the token '<x>'",
                 "'<y>': 'a' is none of the models",
                 "'t1': 'more' lacks the token 't99' (did you mean",
                 "'t2': 'more' lacks a row 18 (it has 18 rows)"):  # fmt: skip
