@@ -4,7 +4,7 @@
 gives without running it: on the device "meta", in `torch.compile`, in `torch.export`. No step of ours that merges asks.
 A stand-in has its place while torch is imported, and what it stands for is imported as ever
 
-    before a step that is not ours is loaded, or a random generator made, which needs one of these modules (`now`),
+    before a step that is not ours is loaded (`now`),
     before a further module of torch is imported, or any package that is neither ours nor known not to ask,
     when it is touched.
 

@@ -8,6 +8,7 @@ The methods in OTHERS are compared in test_mergekit_interpolation.py.
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import described, experts, tensors
@@ -18,7 +19,6 @@ from merganser.steps.combine.sce import sce
 from merganser.steps.combine.task_arithmetic import task_arithmetic
 from merganser.steps.combine.ties import ties
 from merganser.steps.edit import dare as room_of_dare
-from merganser.steps.edit import della as room_of_della
 from merganser.steps.edit.breadcrumbs import breadcrumbs
 from merganser.steps.edit.dare import dare
 from merganser.steps.edit.della import della
@@ -101,12 +101,23 @@ def test_dare(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room_of_dare, "_thrown", lambda *_: next(masks).float().clone())  # 1 is kept, 0 not
     rescale = "l1" if params.get("rescale", True) else False
     rows = zip(deltas, params["density"], strict=True)
-    sparse = torch.stack([dare(d, keep=x, rescale=rescale, rng=torch.Generator()) for d, x in rows])
+    sparse = torch.stack([dare(d, keep=x, rescale=rescale, rng=np.random.default_rng()) for d, x in rows])
     close(base + merged_by(params, sparse, elects=params["method"] == "dare_ties", normalized=False), merged)
 
 
+class Thrown(np.random.Generator):
+    """Dice that show what they are told to."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        super().__init__(np.random.SFC64(0))
+        self.numbers = numbers
+
+    def random(self, *_: object, **__: object) -> np.ndarray:
+        return self.numbers.numpy()
+
+
 @pytest.mark.parametrize("case", named("della", "della_linear"))
-def test_della(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_della(case: str) -> None:
     base, deltas, merged = deltas_of(case)
     params, (inputs, outputs) = CASES[case]["params"], tensors("mergers_mergekit", case)
     sparse = []
@@ -114,11 +125,11 @@ def test_della(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
         mask, rows = inputs[f"mask{i}"].reshape(delta.shape), delta.reshape(-1, delta.shape[-1])
         # what is thrown is in order of rank: 0 is kept, 1 is not
         thrown = 1 - mask.reshape(rows.shape).gather(1, rows.abs().argsort(dim=1)).float()
-        monkeypatch.setattr(room_of_della.torch, "rand", lambda *_, thrown=thrown, **__: thrown)
+        dice = Thrown(thrown)
         knobs = {"density": params["density"][i], "epsilon": params["epsilon"][i]}
-        sparse.append(della(delta, **knobs, rescale="l1", rng=torch.Generator()))
+        sparse.append(della(delta, **knobs, rescale="l1", rng=dice))
         assert torch.equal(sparse[-1] != 0, mask.bool() & (delta != 0))
-        paper = della(delta, **knobs, rng=torch.Generator())
+        paper = della(delta, **knobs, rng=dice)
         torch.testing.assert_close(
             paper, delta * mask / outputs[f"keep_prob{i}"].reshape(delta.shape), rtol=1e-5, atol=1e-7
         )

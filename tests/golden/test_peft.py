@@ -5,6 +5,7 @@ experts: `scope="tensor"`, `equal="first"`, `weights_vote=False`; its "frequency
 Not compared here: peft/awa_*, which merge LoRA factors: lora/test_peft_sums.py does.
 """
 
+import numpy as np
 import pytest
 import torch
 from cases import described, experts, tensors
@@ -60,7 +61,7 @@ def test_dare(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     masks = iter([tensors("mergers_peft", case)[0][f"mask{i}"] for i in range(3)])
     monkeypatch.setattr(room_of_dare, "_thrown", lambda *_: next(masks).float().clone())  # 1 is kept, 0 not
     really = round(density * 65536) / 65536  # the share that is kept and divided by
-    sparse = torch.stack([dare(d, keep=density, rng=torch.Generator()) for d in deltas]) * (really / density)
+    sparse = torch.stack([dare(d, keep=density, rng=np.random.default_rng()) for d in deltas]) * (really / density)
     if "linear" in case:
         close(task_arithmetic(sparse, weights=weights), merged)
     else:

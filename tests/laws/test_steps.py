@@ -13,6 +13,7 @@ from functools import reduce
 from operator import add
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -212,7 +213,7 @@ def allowed(name: str, experts: int) -> int:
 def offered(name: str, deltas: Tensor, seed: int = 0) -> dict[str, Any]:
     """Return what the merge gives with these deltas, but for base and survey: alone, a step does without."""
     return {
-        "rng": torch.Generator().manual_seed(seed),
+        "rng": np.random.default_rng(seed),
         "name": "layer.weight",
         "experts": tuple(f"expert{t}" for t in range(len(deltas))),
         "numel": deltas[0].numel(),

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from numpy.random import Generator
 from torch import Tensor
 
 SPECS = Path(__file__).with_name("permutations.toml")
@@ -60,7 +61,7 @@ def permute(
 
 
 def prepare(
-    read: Read, names: Sequence[str], *, to: str = "first", spec: str = "auto", rng: torch.Generator | None = None
+    read: Read, names: Sequence[str], *, to: str = "first", spec: str = "auto", rng: Generator | None = None
 ) -> Survey:
     """Return for each tensor of a group, by axis, every expert's order of units.
 
@@ -82,7 +83,7 @@ def prepare(
 
 
 def _orders(
-    tensors: Mapping[str, tuple[Tensor | None, Tensor]], chain: Sequence[Group], to: str, rng: torch.Generator | None
+    tensors: Mapping[str, tuple[Tensor | None, Tensor]], chain: Sequence[Group], to: str, rng: Generator | None
 ) -> list[Int[Tensor, "experts units"]]:
     """Return for each group of a chain every expert's order of units."""
     first: dict[str, Tensor] = {}
@@ -128,11 +129,11 @@ def match(
     return perms
 
 
-def visits(groups: int, rng: torch.Generator | None) -> Iterator[list[int]]:
+def visits(groups: int, rng: Generator | None) -> Iterator[list[int]]:
     """Yield the order of groups sweep by sweep: drawn from ``rng``, or as they stand."""
     if rng is None:
         return repeat(list(range(groups)))
-    return (torch.randperm(groups, generator=rng).tolist() for _ in count())
+    return (rng.permutation(groups).tolist() for _ in count())
 
 
 def _check(to: str) -> None:

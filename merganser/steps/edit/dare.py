@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Generator, Tensor
+from jaxtyping import Float, Int8
+from numpy.random import Generator
+from torch import Tensor
 
 from ..select import l1_ratio, one_of
 
@@ -19,7 +21,7 @@ def dare(
         m ~ Bernoulli(keep),   delta' = m * delta / keep
 
     The expectation of delta' is delta: entries are kept with a probability of ``keep`` rounded to 1 / 65,536, and it is
-    that number which they are divided by. Four entries share one 64-bit number of the generator, a sixth of the time
+    that number which they are divided by. Four entries share one 64-bit number of the generator, a tenth of the time
     that ``torch.rand`` takes; so pieces of a tensor throw the dice of the whole where they begin at multiples of four.
 
     keep      1 - p of the paper, which tunes p over 0.1 .. 0.9 and 0.99
@@ -42,13 +44,12 @@ def dare(
     return kept.div_(shares / SHARES) if rescale else kept
 
 
-def _thrown(delta: Float[Tensor, "*shape"], shares: int, rng: Generator) -> Float[Tensor, "*shape"]:
-    """Return 1 with a probability of ``shares / SHARES`` for each entry, otherwise 0, in fp32."""
+def _thrown(delta: Float[Tensor, "*shape"], shares: int, rng: Generator) -> Int8[Tensor, "*shape"]:
+    """Return 1 with a probability of ``shares / SHARES`` for each entry, otherwise 0."""
     n = delta.numel()
-    words = torch.empty(-(-n // 4), dtype=torch.int64, device=rng.device).random_(-(1 << 63), None, generator=rng)
-    bits = words.view(torch.int16)[:n].reshape(delta.shape).float()
-    # arithmetic on floats is vectorised where comparisons are not: a quarter of the time
-    return bits.sub_(SHARES // 2 - shares - 1).clamp_(0, 1)
+    bits = rng.bit_generator.random_raw(-(-n // 4)).view(np.int16)[:n]
+    # numpy compares integers of 16 bits in a tenth of torch's time
+    return torch.from_numpy((bits < shares - SHARES // 2).view(np.int8)).reshape(delta.shape)
 
 
 def elementwise(*, rescale: bool | str = True, **_knobs: Any) -> bool:

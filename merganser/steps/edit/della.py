@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Generator, Tensor
+from numpy.random import Generator
+from torch import Tensor
 
 from ..select import CHUNK, MAGNITUDE, check_density, l1_ratio, one_of
 
@@ -48,7 +49,7 @@ def della(
     share = torch.linspace(density - epsilon, density + epsilon, n) if n > 1 else torch.full((n,), float(density))
     factor = torch.empty(rows.shape)
     for at, order in _orders(rows.detach()):
-        kept = (torch.rand(order.shape, generator=rng, device=rng.device).cpu() < share).float()
+        kept = (torch.from_numpy(rng.random(order.shape, dtype=np.float32)) < share).float()
         factor[at : at + len(order)].scatter_(1, order, kept / share if rescale is True else kept)
     sparse = factor.reshape(delta.shape).to(delta).mul_(delta)
     if rescale != "l1":
