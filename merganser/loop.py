@@ -711,11 +711,14 @@ def merge_each(
     """
 
     def one(name: str) -> None:
+        large = job.sizes([name])[0] >= LARGE and not all(step.elementwise for step in job.steps(name))
+        if large:
+            give_back()  # what smaller ones left
         for piece in through(job, name, None, surveys):
             put(name, piece)
         if done is not None:
             done(name)
-        if job.sizes([name])[0] >= LARGE and not all(step.elementwise for step in job.steps(name)):
+        if large:
             give_back()
 
     names = job.names if only is None else only

@@ -25,8 +25,8 @@ CHUNK = 1 << 16  # entries worked on at a time, so that intermediate results sta
 MANY = 1 << 20  # keys that wait to be counted: counting a few at a time would mostly add up empty bins
 HALF, LOWER = 1 << 15, 1 << 16  # bins of 15 and of 16 bits
 MAGNITUDE = 0x7FFFFFFF  # all bits but the sign
-# a count waits for the one before it in the same bin, so many zeros in a row are counted in four bins by turns
-LANES: NDArray[np.int32] = np.arange(CHUNK, dtype=np.int32) % 4 * HALF
+# a count waits for the one before it in the same bin, so many zeros are counted in four bins, by sign and by turns
+LANES: NDArray[np.int32] = np.arange(CHUNK, dtype=np.int32) % 2 * LOWER
 
 _REMEMBERED: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
 Bits = NDArray[np.int32]
@@ -91,12 +91,9 @@ def coarse(deltas: Float[Tensor, "experts *cut"], *, signed: bool = False) -> Ta
     def upper(bits: Bits) -> Keys:
         return (bits >> 16) + HALF if signed else (bits >> 16).astype(np.int16)
 
-    def spread(bits: Bits) -> Keys:
-        return (bits >> 16) + LANES[: len(bits)]
-
     if signed:
         return Tallies([_tally(row, LOWER, upper, signed) for row in deltas])
-    return Tallies([_tally(row, HALF, spread if _sparse(row) else upper, signed) for row in deltas])
+    return Tallies([_spread(row) if _sparse(row) else _tally(row, HALF, upper, signed) for row in deltas])
 
 
 def fine(deltas: Float[Tensor, "experts *cut"], places: Sequence[Sequence[int]], *, signed: bool = False) -> Tallies:
@@ -304,6 +301,16 @@ def _locate(counts: Int64[Tensor, "bins"], k: int) -> tuple[int, int]:
 def _sparse(row: Tensor) -> bool:
     """Tell whether the first entries are mostly zero."""
     return int(row.detach().reshape(-1)[:256].count_nonzero()) < min(128, row.numel() / 2)
+
+
+def _spread(row: Tensor) -> Tally:
+    """Count the upper bits of |x|, the sign among them, which `Tally` takes for the same."""
+    bits = row.detach().reshape(-1).float().cpu().contiguous().numpy().view(np.uint32)
+    total = Tally(HALF)
+    for at in range(0, len(bits), CHUNK):
+        upper = (bits[at : at + CHUNK] >> 16).view(np.int32)
+        total += Tally(HALF, (np.add(upper, LANES[: len(upper)], out=upper),))
+    return total
 
 
 def _tally(row: Tensor, bins: int, key: Callable[[Bits], Keys], signed: bool) -> Tally:

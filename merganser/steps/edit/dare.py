@@ -37,11 +37,13 @@ def dare(
     if keep == 1:
         return delta.clone()
     shares = max(1, min(round(keep * SHARES), SHARES - 1))
-    kept = _thrown(delta, shares, rng).to(delta).mul_(delta)
+    thrown = _thrown(delta, shares, rng).to(delta)
+    if rescale is True:
+        return torch.addcmul(delta.new_zeros(()), thrown, delta, value=SHARES / shares)
+    kept = thrown.mul_(delta)
     if rescale == "l1":
-        ratio = l1_ratio(*(one.detach().abs().sum(dtype=torch.float64) for one in (delta, kept)))
-        return kept * ratio
-    return kept.div_(shares / SHARES) if rescale else kept
+        kept = kept * l1_ratio(*(one.detach().abs().sum(dtype=torch.float64) for one in (delta, kept)))
+    return kept
 
 
 def _thrown(delta: Float[Tensor, "*shape"], shares: int, rng: Generator) -> Int8[Tensor, "*shape"]:
