@@ -20,7 +20,7 @@ from ..weights.vocabulary import BASE, Writer
 from .config import Config, Input, Ref, Section, Slice, Source, Told
 from .layers import Laid, stacked, stacks, unfit, whole
 from .methods import METHODS, Method, refused
-from .modules import shared_out
+from .modules import nothing, shared_out, two_rests
 from .settings import check, filters, resolve
 from .views import Origin, Tuned, Zeros, promoted, taken
 from .vocabulary import one_vocabulary
@@ -142,7 +142,7 @@ def _planned(
                 where = section.where + (f"slices[{k}]" if section.inputs.slices else "models")
                 _contract(where, method, one, _base(config, one))
     models, places = _opened(refs, path.parent, opened, made, wrong)
-    whose = _shared_out([section.name for section, _ in sections], models, wrong)
+    whose = _shared_out(sections, models, wrong)
     for section, slices in sections:
         if section.inputs.slices:
             wrong += unfit(slices, whose[section.name], section.where)
@@ -173,14 +173,19 @@ def _planned(
 
 
 def _shared_out(
-    modules: Sequence[str], models: Mapping[Ref, Weights], wrong: list[MerganserError]
+    sections: Sequence[tuple[Section, list[Slice]]], models: Mapping[Ref, Weights], wrong: list[MerganserError]
 ) -> dict[str | None, dict[Ref, list[str]]]:
-    """Return for each module, and for none of them, the tensors of every model, as far as they can be told."""
-    whose: dict[str | None, dict[Ref, list[str]]] = {module: {} for module in (*modules, None)}
-    for ref, weights in models.items():
-        with _gathered(wrong):
-            for module, names in shared_out(modules, weights).items():
-                whose[module][ref] = names
+    """Return for each module, and for none of them, the tensors of every model; take down what has none."""
+    modules = [section.name for section, _ in sections]
+    shared = {ref: shared_out(modules, weights) for ref, weights in models.items()}
+    whose = {module: {ref: its[module] for ref, its in shared.items()} for module in (*modules, None)}
+    wrong += two_rests(modules)
+    if len(modules) > 1:
+        for one in sections:
+            module = one[0].name
+            wrong += [
+                nothing(module, ref) for ref in dict.fromkeys(_refs([one])) if ref in models and not whose[module][ref]
+            ]
     return whose
 
 

@@ -4,7 +4,7 @@ mergekit knows the modules of nine architectures from a table. Here a module's t
 it goes by, as a part of theirs (``model.encoder.layers.0.fc1.weight``); one may be named that takes all others.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from ..errors import RecipeError
 
@@ -28,26 +28,28 @@ PARTS = {"text_decoder": "text_config", "vision_tower": "vision_config", "vision
 
 
 def shared_out(modules: Sequence[str], names: Iterable[str]) -> dict[str | None, list[str]]:
-    """Return the tensors of each module; under None those of none. One module alone has them all.
-
-    Raises one RecipeError for modules that have no tensor, and for two that would take all others.
-    """
+    """Return a model's tensors of each module; under None those of none. One module alone has them all."""
     names = list(names)
     if len(modules) == 1:
         return {modules[0]: names, None: []}
-    rest = [module for module in modules if module in REST]
+    rest = next((module for module in modules if module in REST), None)
     whose: dict[str | None, list[str]] = {module: [] for module in (*modules, None)}
     for name in names:
-        whose[_owner(name, [m for m in modules if m not in rest]) or (rest[0] if rest else None)].append(name)
-    wrong = [f"modules: {' and '.join(rest)} would each take what the others leave"] if len(rest) > 1 else []
-    wrong += [
-        f"modules.{module}: no tensor's name has '{' or '.join(SPELLINGS.get(module, (module,)))}' as a part"
-        for module in modules
-        if not whose[module] and module not in rest[1:]
-    ]
-    if wrong:
-        raise RecipeError("; ".join(wrong), wrong)
+        whose[_owner(name, [m for m in modules if m not in REST]) or rest].append(name)
     return whose
+
+
+def two_rests(modules: Sequence[str]) -> Iterator[RecipeError]:
+    """Yield what is wrong where two modules would take all that the others leave."""
+    rest = [module for module in modules if module in REST]
+    if len(rest) > 1:
+        yield RecipeError(f"modules: {' and '.join(rest)} would each take what the others leave")
+
+
+def nothing(module: str, model: object) -> RecipeError:
+    """Return what is wrong with a module of which a model has no tensor."""
+    parts = "' or '".join(SPELLINGS.get(module, (module,)))
+    return RecipeError(f"modules.{module}: no tensor of '{model}' has '{parts}' as a part of its name")
 
 
 def _owner(name: str, modules: Sequence[str]) -> str | None:

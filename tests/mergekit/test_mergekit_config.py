@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from llamas import families, family, write_all
+from llamas import families, family, write, write_all
 
 from merganser import check
 from merganser.errors import MerganserError, RecipeError, WeightsError
@@ -88,7 +88,7 @@ def fault(models: Path, text: str) -> str:
         ("merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: -1}}]",
          "sum to zero and cannot be normalised"),
         ("merge_method: linear\nmodules: {encoder: {models: [{model: a}]}, shared: {models: [{model: a}]}}",
-         "modules.encoder: no tensor's name has 'encoder' as a part"),
+         "modules.encoder: no tensor of 'a' has 'encoder' as a part of its name"),
         ("merge_method: linear\nmodules: {default: {models: [{model: a}]}, shared: {models: [{model: a}]}}",
          "default and shared would each take what the others leave"),
         ("merge_method: linear\nmodules: {layers: {models: [{model: a}], slices: []}, shared: {models: []}}",
@@ -196,6 +196,26 @@ def test_other_spellings_are_read(models: Path) -> None:
     assert list(made.models) == ["a", "b"]
     assert made.sentences == {"average(weights={'a': 0.1, 'b': 0.1})": 39}
     assert {kind for kind, _ in made.spec.values()} == {"F16"}
+
+
+def test_a_module_is_asked_only_of_the_models_that_it_is_merged_of(tmp_path: Path) -> None:
+    """An encoder alone may join the encoder of whole models; what belongs to no module is the first model's."""
+    models = families()
+    write_all(tmp_path, {who: models[who] for who in ("t5", "t5-a")})
+    alone = {name: t for name, t in models["t5-b"].items() if name.startswith("encoder.")}
+    write(tmp_path / "alone", alone)
+    text = """
+merge_method: linear
+parameters: {weight: 1}
+modules:
+  encoder: {models: [{model: t5-a}, {model: alone}]}
+  decoder: {models: [{model: t5-a}, {model: t5}]}
+"""
+    (tmp_path / "config.yml").write_text(text)
+    made = plans(tmp_path / "config.yml")[0][0]
+    assert set(made.origin) == set(models["t5"])
+    assert any("of no module, so 't5-a' gives them" in note for note in made.notes)
+    assert "modules.decoder: no tensor of 'alone'" in fault(tmp_path, text.replace("{model: t5}", "{model: alone}"))
 
 
 def test_all_tokens_that_are_not_there_are_told_at_once(tmp_path: Path) -> None:
