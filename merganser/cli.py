@@ -51,9 +51,9 @@ app = typer.Typer(
 )
 
 
-def place(text: str) -> Path:
+def place(text: str | Path) -> Path:
     """Return a path; an empty one, mostly a shell variable that is not set, would mean the folder one is in."""
-    if not text.strip():
+    if not str(text).strip():
         raise typer.BadParameter("is empty: name a folder, or . for this one")
     return Path(text)
 
