@@ -183,9 +183,8 @@ def _shared_out(
     if len(modules) > 1:
         for one in sections:
             module = one[0].name
-            wrong += [
-                nothing(module, ref) for ref in dict.fromkeys(_refs([one])) if ref in models and not whose[module][ref]
-            ]
+            empty = [ref for ref in dict.fromkeys(_refs([one])) if ref in models and not whose[module][ref]]
+            wrong += [nothing(module, ref, models[ref]) for ref in empty]
     return whose
 
 

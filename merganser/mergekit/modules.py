@@ -6,7 +6,7 @@ it goes by, as a part of theirs (``model.encoder.layers.0.fc1.weight``); one may
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from ..errors import RecipeError
+from ..errors import RecipeError, did_you_mean
 
 REST = ("text_decoder", "shared", "default")
 SIGHT = ("vision_tower", "vision_model", "visual")
@@ -46,10 +46,11 @@ def two_rests(modules: Sequence[str]) -> Iterator[RecipeError]:
         yield RecipeError(f"modules: {' and '.join(rest)} would each take what the others leave")
 
 
-def nothing(module: str, model: object) -> RecipeError:
-    """Return what is wrong with a module of which a model has no tensor."""
+def nothing(module: str, model: object, names: Iterable[str]) -> RecipeError:
+    """Return what is wrong with a module of which a model with these tensors has none."""
     parts = "' or '".join(SPELLINGS.get(module, (module,)))
-    return RecipeError(f"modules.{module}: no tensor of '{model}' has '{parts}' as a part of its name")
+    guess = did_you_mean(module, {part for name in names for part in name.split(".")})
+    return RecipeError(f"modules.{module}: no tensor of '{model}' has '{parts}' as a part of its name{guess}")
 
 
 def _owner(name: str, modules: Sequence[str]) -> str | None:
