@@ -200,9 +200,9 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Merge experts of one base into a folder that the model's own library loads."""
+    stored = stored_as(delta, as_adapter)
+    told = (own, where, ingredient, vocabulary, dtype, stored, read_rank(rank), shard_size, part)
     if dry_run:
-        stored = stored_as(delta, as_adapter)
-        told = (own, where, ingredient, vocabulary, dtype, stored, read_rank(rank), shard_size, part)
         return tell(checked(base, experts, how, to, *told, seed), as_json)
     from .late import import_torch
 
@@ -222,12 +222,17 @@ def merge(
         return say({"merged": str(to), "config": base}, as_json, f"merged {base} into {to}")
     if not experts or not how:
         raise typer.BadParameter("give BASE, one or more EXPERT and --how SENTENCE, or a mergekit YAML alone")
+    try:
+        patterns = read_where(where or ())
+    except MerganserError:
+        checked(base, experts, how, to, *told, seed).tell()  # with all else that is wrong
+        raise
     if size := 64 if as_adapter else _free_pieces(how):
         freed_goes_back(size << 20, size << 20)
     merge(
         read_base(base), experts, how, into=to, own=own or (), seed=seed, ingredients=pairs(ingredient, "--ingredient"),
-        part=read_part(part), where=read_where(where or ()), vocabulary=vocabulary, dtype=dtype,
-        stored=stored_as(delta, as_adapter), rank=read_rank(rank), shard_size=shard_size, progress=bars,
+        part=read_part(part), where=patterns, vocabulary=vocabulary, dtype=dtype, stored=stored,
+        rank=read_rank(rank), shard_size=shard_size, progress=bars,
     )  # fmt: skip
     if as_adapter:
         return tell_adapter(to, len(experts), how, as_json)

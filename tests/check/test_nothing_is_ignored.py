@@ -51,6 +51,13 @@ def test_a_check_goes_on_behind_a_pattern_that_cannot_be_read(merganser, models)
     assert "did you mean 'density'" in said["--where"]
     assert "*.mpl.*" in said["where"]
     assert "lm_head" in said["own"]
+    done = merganser("merge", models["base"], models["a"], "nowhere", "--how", "ties", "--to", models["a"].parent / "no",
+                     "--where", "*.mlp.*: ties(densty=3)", "--where", "*.mpl.*: ties(density=0.3)")  # fmt: skip
+    assert done.returncode == 1
+    assert "did you mean 'density'" in done.stderr
+    assert "nowhere" in done.stderr
+    assert "*.mpl.*" in done.stderr
+    assert not (models["a"].parent / "no").exists()
 
 
 def test_ingredients_of_other_models_are_seen_before_the_merge(merganser, models, tmp_path):
