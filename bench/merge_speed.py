@@ -182,6 +182,7 @@ def cases() -> list[Case]:
         Case("start: ls", ours=("ls",), peer="fusion_bench", told="--help", seconds=0.3),
         *merges_of("m-bf16", 0.2),
         Case("dare, ties", "dare(keep=0.2) | ties(density=1.0)", told=DARE_TIES, **m),
+        Case("dare, ties as written", "dare | ties", told=mergekit("dare_ties", weight=1.0, density=0.1), **m),
         Case("dare, ties trimmed", "dare(keep=0.2) | ties(density=0.2)", told=DARE_TIES, **m),
         Case(
             "della", "della(density=0.2) | ties(density=1.0)", told=mergekit("della", weight=1.0, density=0.2), **m

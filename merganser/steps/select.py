@@ -116,6 +116,26 @@ def fine(deltas: Float[Tensor, "experts *cut"], places: Sequence[Sequence[int]],
     return Tallies([_tally(row, LOWER * len(wanted), lower_in(wanted), signed) for row, wanted in rows])
 
 
+def coarse_beyond(kept: Callable[[int, int], Sequence[int]]) -> Look:
+    """Return the look that is `coarse`, for thresholds that leave each expert ``kept(size, experts)`` of its entries.
+
+    It need not look where an edit before has left no more than that (see `known_of_left`): then zero is the threshold.
+    """
+
+    def look(deltas: Tensor, learned: Sequence[Any]) -> Tallies:
+        return coarse(deltas)
+
+    def enough(size: int, left: Sequence[int]) -> Tensor | None:
+        if any(n > k for n, k in zip(left, kept(size, len(left)), strict=True)):
+            return None
+        counts = torch.zeros(len(left), HALF, dtype=torch.int64)
+        counts[:, 0] = size
+        return counts
+
+    look.enough = enough  # type: ignore[attr-defined]
+    return look
+
+
 def fine_at(found: Callable[[Sequence[Any], int], Sequence[Sequence[int]]]) -> Look:
     """Return the look that is `fine` at the places ``found(learned, experts)``, by the totals of `coarse` among others.
 
@@ -138,6 +158,12 @@ def known_before(look: Look, learned: Sequence[Any]) -> Any:
     """Return what a look would find, where that is known of the totals of those before it; None where it has to look."""
     known = getattr(look, "known", None)
     return None if known is None else known(learned)
+
+
+def known_of_left(look: Look, size: int, left: Sequence[int]) -> Any:
+    """Return totals that do for a look where of ``size`` entries at most so many of each expert's are not zero; or None."""
+    enough = getattr(look, "enough", None)
+    return None if enough is None else enough(size, left)
 
 
 def size(upper: Histogram) -> int:

@@ -19,6 +19,7 @@ SENTENCES = [
     ),  # it has its own
     *(f"task_arithmetic | {edit}" for edit in EDIT if edit != "mask"),
     "dare(keep=0.5) | task_arithmetic | scale(by=0.3)",
+    "dare(keep=0.1) | ties(density=0.5)",  # the dice tell that nothing is trimmed
     "dare(keep=0.7) | scale(by=2.0) | ties(density=0.5)",
     "ties(scope='tensor')",
     "trim(density=0.3) | mask | task_arithmetic",

@@ -1,6 +1,7 @@
 """Exact selection by histograms, and the steps that stand on it: trim, breadcrumbs, DARE, DELLA, ties, masks."""
 
 import math
+import sys
 import warnings
 from functools import reduce
 from itertools import pairwise
@@ -98,6 +99,71 @@ def test_a_model_is_looked_at_once_where_the_step_before_has_dropped_more(monkey
     assert all(torch.equal(sparse[name], untrimmed[name]) for name in base)
     merge(base, experts, f"dare(keep=0.9) | {scoped}")
     assert looks
+
+
+@given(
+    keep=st.lists(st.floats(0.02, 1.0), min_size=2, max_size=2),
+    density=st.floats(0.05, 0.95),
+    seed=st.integers(0, 2**32 - 1),
+    rule=st.sampled_from(["exact", "reference"]),
+    other=st.sampled_from([None, 0.05, 1.0]),
+    half=st.booleans(),
+)
+@quick
+def test_what_is_known_of_the_dice_alone_changes_no_bit(keep, density, seed, rule, other, half) -> None:
+    """With experts' own shares, a pattern with another one, a tensor that nobody moved and one that one expert moved."""
+    base = {name: normal(seed % 1000, 7, 90) for name in "abcd"}
+    base = {name: one.bfloat16() if half else one for name, one in base.items()}
+    experts = {
+        e: {n: b + 0.01 * normal(seed % 999 + k, 7, 90).to(b) for n, b in base.items()} for k, e in enumerate("xy")
+    }
+    for e, n in ("xd", "yd", "yc"):
+        experts[e][n] = base[n]
+    how = f'dare(keep={dict(zip("xy", keep, strict=True))}) | ties(density={density}, rule="{rule}")'
+    given_ = {"seed": seed, "where": {} if other is None else {"b": {"dare": {"keep": other}}}}
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+        warnings.simplefilter("ignore")
+        quickly = merge(base, experts, how, **given_)
+        patch.delattr(sys.modules[dare.__module__], "leaves")
+        plainly = merge(base, experts, how, **given_)
+    assert all(torch.equal(quickly[name], plainly[name]) for name in base)
+
+
+@pytest.mark.parametrize(
+    "how", ["ties(density=0.3)", "trim(density=0.3) | average", "scale(by=2.0) | trim(density=0.3) | ties"]
+)
+def test_the_dice_tell_that_nothing_will_be_trimmed(monkeypatch, how: str) -> None:
+    """No delta is looked at where they leave fewer than are kept; nor are all thrown where few show that they leave more."""
+    looks, counts = [], []
+    coarse, leaves = select.coarse, sys.modules[dare.__module__].leaves
+    monkeypatch.setattr(select, "coarse", lambda *args, **given: looks.append(1) or coarse(*args, **given))
+    monkeypatch.setattr(
+        sys.modules[dare.__module__], "leaves", lambda *args, **given: counts.append(1) or leaves(*args, **given)
+    )
+    base = {name: normal(9, 40, 50) for name in map(str, range(20))}
+    experts = [{name: one + normal(k, 40, 50) for name, one in base.items()} for k in (1, 2)]
+    merge(base, experts, f"dare(keep=0.1) | {how}")
+    assert bool(looks) == how.startswith("scale"), "a step between tells nothing of what it leaves"
+    assert bool(counts) != how.startswith("scale")
+    looks.clear()
+    counts.clear()
+    merge(base, experts, f"dare(keep=0.9) | {how}")
+    assert looks
+    assert len(counts) < len(base)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    cuts=st.lists(st.integers(1, 100), min_size=1, max_size=4),
+    keep=st.floats(0.02, 1.0),
+)
+@quick
+def test_dare_leaves_what_it_says(seed: int, cuts: list[int], keep: float) -> None:
+    leaves = sys.modules[dare.__module__].leaves
+    first, second = dice(seed), dice(seed)
+    delta = torch.ones(4 * sum(cuts))
+    told = sum(leaves(4 * n, keep=keep, rng=first) for n in cuts)
+    assert told == dare(delta, keep=keep, rng=second).count_nonzero()
 
 
 def test_what_was_read_off_a_histogram_is_forgotten_when_it_changes() -> None:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import select
-from ..select import CHUNK, Tallies, check_density, one_of, per_expert
+from ..select import CHUNK, check_density, one_of, per_expert
 
 
 def ties(
@@ -97,8 +97,8 @@ def passes(
     one_of("equal", equal, ("all", "first") if scope == "tensor" else ("all",))
     one_of("elect", elect, ("mass", "count"))
 
-    def coarse(deltas: Tensor, learned: list[Any]) -> Tallies:
-        return select.coarse(deltas)
+    def kept(size: int, experts: int) -> list[int]:
+        return _shares([size] * experts, density, rule)
 
     def bins(learned: Sequence[Any], experts: int) -> list[list[int]]:
         return select.remembered(_bins, learned[:1], density, rule, experts)
@@ -109,7 +109,9 @@ def passes(
         parts = _rows(deltas.detach().float()).split(CHUNK, dim=1)
         return _add([_vote(_trim(part, thetas, w), elect).sign().sum(dtype=torch.float64) for part in parts])
 
-    histograms: list[select.Look] = [coarse, select.fine_at(bins)] if any(share < 1 for share in shares) else []
+    histograms: list[select.Look] = []
+    if any(share < 1 for share in shares):
+        histograms = [select.coarse_beyond(kept), select.fine_at(bins)]
     return [*histograms, signs] if rule == "reference" else histograms
 
 
@@ -119,10 +121,13 @@ def elementwise(*, equal: str = "all", **_knobs: Any) -> bool:
 
 
 def _kept(survey: Sequence[Any], density: float | Sequence[float], rule: str, experts: int) -> list[int]:
+    return _shares([select.size(survey[0][t]) for t in range(experts)], density, rule)
+
+
+def _shares(sizes: list[int], density: float | Sequence[float], rule: str) -> list[int]:
     """Return how many entries each expert keeps: int(density d), at least one; the published code has one more."""
-    sizes = [select.size(survey[0][t]) for t in range(experts)]
     more = 1 if rule == "reference" else 0
-    shares = per_expert("density", density, experts)
+    shares = per_expert("density", density, len(sizes))
     return [min(d, max(1, int(share * d) + more)) for share, d in zip(shares, sizes, strict=True)]
 
 

@@ -36,8 +36,8 @@ def dare(
     one_of("rescale", rescale, (True, False, "l1"))
     if keep == 1:
         return delta.clone()
-    shares = max(1, min(round(keep * SHARES), SHARES - 1))
-    thrown = _thrown(delta, shares, rng).to(delta)
+    shares = _shares(keep)
+    thrown = _thrown(delta.numel(), shares, rng).reshape(delta.shape).to(delta)
     if rescale is True:
         return torch.addcmul(delta.new_zeros(()), thrown, delta, value=SHARES / shares)
     kept = thrown.mul_(delta)
@@ -46,12 +46,20 @@ def dare(
     return kept
 
 
-def _thrown(delta: Float[Tensor, "*shape"], shares: int, rng: Generator) -> Int8[Tensor, "*shape"]:
+def leaves(entries: int, *, keep: float = 0.1, rng: Generator, **_knobs: Any) -> int:
+    """Return how many of the next ``entries`` the same dice will keep: so many at most are not zero then."""
+    return entries if keep == 1 else int(_thrown(entries, _shares(keep), rng).count_nonzero())
+
+
+def _shares(keep: float) -> int:
+    return max(1, min(round(keep * SHARES), SHARES - 1))
+
+
+def _thrown(entries: int, shares: int, rng: Generator) -> Int8[Tensor, "entries"]:
     """Return 1 with a probability of ``shares / SHARES`` for each entry, otherwise 0."""
-    n = delta.numel()
-    bits = rng.bit_generator.random_raw(-(-n // 4)).view(np.int16)[:n]
+    bits = rng.bit_generator.random_raw(-(-entries // 4)).view(np.int16)[:entries]
     # numpy compares integers of 16 bits in a tenth of torch's time
-    return torch.from_numpy((bits < shares - SHARES // 2).view(np.int8)).reshape(delta.shape)
+    return torch.from_numpy((bits < shares - SHARES // 2).view(np.int8))
 
 
 def elementwise(*, rescale: bool | str = True, **_knobs: Any) -> bool:

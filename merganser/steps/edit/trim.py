@@ -72,8 +72,8 @@ def passes(
     def each(experts: int) -> list[float]:
         return select.per_expert("density", density, experts)
 
-    def coarse(deltas: Tensor, learned: list[Any]) -> select.Tallies:
-        return select.coarse(deltas)
+    def kept(size: int, experts: int) -> list[int]:
+        return [select.share(one, size) for one in each(experts)]
 
     def bins(learned: Sequence[Any], experts: int) -> list[list[int]]:
         rows = zip(each(experts), (learned[0][t] for t in range(experts)), strict=True)
@@ -83,7 +83,9 @@ def passes(
         found = [_theta([total[t] for total in learned], one) for t, one in enumerate(each(len(deltas)))]
         return select.lengths(deltas, [theta for theta, _, _ in found])
 
-    return [coarse, select.fine_at(bins), *([lengths] if rescale else [])] if min(shares) < 1 else []
+    return (
+        [select.coarse_beyond(kept), select.fine_at(bins), *([lengths] if rescale else [])] if min(shares) < 1 else []
+    )
 
 
 def elementwise(*, equal: str = "all", **_knobs: Any) -> bool:
