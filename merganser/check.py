@@ -154,7 +154,7 @@ def foresee(
         )  # fmt: skip
     for name, other in {name: other for job in jobs for name, other in job.alike.items()}.items():
         found.note(
-            f"'{name}' is tied to '{other}' in every model, by a few of their bytes",
+            f"'{name}' is tied to '{other}' in every model, as their config.json says",
             "tensors",
             "both are merged alike and stay equal",
         )

@@ -122,7 +122,9 @@ def examine(
     if "" in sources and len(sources) > 1:
         with found.gather("models"):
             others = {w: s for w, s in sources.items() if w}
-            matched = match(sources[""], others, own, vocabulary=vocabulary, peek=opener is open_headers)
+            matched = match(sources[""], others, own, vocabulary=vocabulary, unread=opener is open_headers)
+    for who, text in matched.taken if matched else ():
+        found.warn(text, f"expert '{who}'", "merging compares the two, and stops where they differ")
     if matched is not None and stored == "delta":
         _can_be_added(found, matched, sources[""])
     known = matched.base if matched else sources.get("", {})

@@ -334,7 +334,7 @@ def _note_filters(made: Plan) -> None:
 
 
 def _add(
-    made: Plan, laid: Laid, origin: Ref, models: Mapping[Ref, tuple[Weights, str]], seed: int, peek: bool,
+    made: Plan, laid: Laid, origin: Ref, models: Mapping[Ref, tuple[Weights, str]], seed: int, unread: bool,
     names: Mapping[Ref, list[str]],
 ) -> None:  # fmt: skip
     """Add the job of one slice to the plan, and its tensors to the output."""
@@ -349,7 +349,8 @@ def _add(
     }
     if laid.layers is None:
         _note_beyond(made, laid, {models[ref][1]: names[ref] for ref in refs})
-    matched = match(views[origin], {models[ref][1]: views[ref] for ref in refs if ref != origin}, peek=peek)
+    matched = match(views[origin], {models[ref][1]: views[ref] for ref in refs if ref != origin}, unread=unread)
+    made.notes += [f"'{who}' {text}" for who, text in matched.taken]
     based = _base(made.config, laid.slice) if made.method.base != "none" else None
     experts = {models[ref][1]: matched.base if ref == origin else matched.experts[models[ref][1]] for ref in refs}
     if based is not None:

@@ -10,7 +10,7 @@ from ..errors import WeightsError
 from .delta import over
 from .header import FLOATS, WHOLE, Picked, Weights, header, matches, shape_of
 from .stored import DTYPES, first
-from .tied import canonical, tied_by_config, tied_copy
+from .tied import canonical, canonical_by_config, tied_by_config, tied_copy
 from .vocabulary import Difference, difference, fitted
 
 QUANTISED = 4096  # entries: an integer matrix that large is weights, not a buffer, where integers are most of the model
@@ -24,6 +24,7 @@ class Matched(NamedTuple):
     experts: dict[str, Weights]
     alike: dict[str, str]  # tied tensors: the name whose random numbers they share
     write_tokenizer: Callable[[Path], None] | None  # to be called with the output folder, after the base's files
+    taken: Sequence[tuple[str, str]] = ()  # by expert: what is taken for tied without being read
 
 
 def match(
@@ -33,7 +34,7 @@ def match(
     *,
     vocabulary: str | None = None,
     sources: Mapping[str, Any] | None = None,
-    peek: bool = False,
+    unread: bool = False,
 ) -> Matched:
     """Return base and experts under the same names and shapes.
 
@@ -47,14 +48,18 @@ def match(
     - vocabularies may differ where ``vocabulary`` says what to do (`vocabulary.match_vocabularies`; ``sources`` are
       folders of tokenizers by model for weights in memory). Other shapes must be equal.
 
-    Only headers are read, the bytes of candidates for a tie (with ``peek`` a few), and tokenizer files. Raises one
-    WeightsError for all that is wrong with all experts; three names are given of each kind.
+    Only headers are read, the bytes of candidates for a tie (not with ``unread``: ``taken`` tells what is taken for
+    tied), and tokenizer files. Raises one WeightsError for all that is wrong with all experts; three names are given of each
+    kind.
     """
     experts = {who: over(base, weights) for who, weights in experts.items()}
     wrong = _Wrong()
     for who, weights in {"": base, **experts}.items():
         wrong.dtypes(who, weights, own)
-    views = {who: _completed(base, weights, own, wrong, who) for who, weights in experts.items()}
+    taken: list[tuple[str, str]] = []
+    views = {
+        who: _completed(base, weights, own, wrong, who, taken if unread else None) for who, weights in experts.items()
+    }
     names = [n for n in base if not matches(n, own)]
     found: Difference | None = None
     try:
@@ -67,9 +72,9 @@ def match(
     for who, weights in views.items():
         wrong.shapes(who, base, weights, names, tables)
     wrong.tell()
-    alike = canonical(base, views, peek=peek)
+    alike = (canonical_by_config if unread else canonical)(base, views)
     matched, others, writer = fitted(found, base, views, vocabulary)
-    return Matched(names, matched, others, alike, writer)
+    return Matched(names, matched, others, alike, writer, taken)
 
 
 def check_match(base: Weights, experts: Mapping[str, Weights], own: Sequence[str] = ()) -> list[str]:
@@ -80,8 +85,14 @@ def check_match(base: Weights, experts: Mapping[str, Weights], own: Sequence[str
     return match(base, experts, own).names
 
 
-def _completed(base: Weights, expert: Weights, own: Sequence[str], wrong: "_Wrong", who: str) -> Weights:
-    """Return the expert with the base's names, as far as rules allow; what they do not allow goes to ``wrong``."""
+def _completed(
+    base: Weights, expert: Weights, own: Sequence[str], wrong: "_Wrong", who: str, taken: list | None
+) -> Weights:
+    """Return the expert with the base's names, as far as rules allow; what they do not allow goes to ``wrong``.
+
+    ``taken``: a list for what is taken for tied without reading it; None where it may be read.
+    """
+    unread = taken is not None
     wanted = [n for n in base if not matches(n, own)]
     lacks = [n for n in wanted if n not in expert]
     more = [n for n in expert if n not in base and not matches(n, own)]
@@ -91,15 +102,30 @@ def _completed(base: Weights, expert: Weights, own: Sequence[str], wrong: "_Wron
     for name in lacks:
         if not _merged(base, name):
             given[name] = (base, name)
-        elif other := tied_copy(base, name, both) or tied_by_config(expert, name, header(base, name)[1], both):
+        elif other := tied_by_config(expert, name, header(base, name)[1], both):
             given[name] = (expert, other)
+        elif other := tied_copy(base, name, both, unread=unread):
+            given[name] = (expert, other)
+            if taken is not None:
+                taken.append((who, f"lacks {_copy_of(name, other)}"))
         else:
             missing.append(name)
-    beyond = [n for n in more if _merged(expert, n) and tied_copy(expert, n, both) is None]
+    beyond = []
+    for name in more:
+        if _merged(expert, name):
+            other = tied_copy(expert, name, both, unread=unread)
+            if other is None:
+                beyond.append(name)
+            elif taken is not None:
+                taken.append((who, f"has, and the base lacks, {_copy_of(name, other)}"))
     wrong.names(who, missing, beyond, both)
     if not given:
         return expert
     return Picked({n: (expert, n) for n in expert} | given, expert)
+
+
+def _copy_of(name: str, other: str) -> str:
+    return f"'{name}', by its shape a tied copy of '{other}'"
 
 
 def _merged(weights: Weights, name: str) -> bool:

@@ -1,7 +1,8 @@
 """Tied tensors: one tensor under two names, as an output layer that is the embedding, written down once or twice.
 
 Libraries differ in which of the names they write. Which tensors are tied is told by their bytes, never by a table of
-architectures: headers name the candidates (same dtype and shape), and only candidates are read.
+architectures: headers name the candidates (same dtype and shape), and only candidates are read. A check reads no tensor:
+it goes by config.json (``tie_word_embeddings``, ``vocab_size``) and headers, and what it takes for tied is told as such.
 """
 
 import math
@@ -12,25 +13,25 @@ from typing import TYPE_CHECKING
 
 from .header import FLOATS, Head, Headers, Weights, folder_of, header
 from .quantised import Dequantised, as_stored
-from .tokenizer import read_config
+from .tokenizer import read_config, vocab_size
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FEW = 1 << 16  # entries of a tensor that a check may look at
 
-
-def tied_copy(weights: Weights, name: str, among: Iterable[str]) -> str | None:
+def tied_copy(weights: Weights, name: str, among: Iterable[str], *, unread: bool = False) -> str | None:
     """Return the tensor of ``among`` of which ``name`` is a tied copy in ``weights``, or None.
 
     The two share storage, or have the same dtype, shape and bytes. Equal bytes of a tensor whose entries are all the
-    same (a fresh bias, a fresh norm) are no sign of a tie. Where only headers are known (`Headers`) the one and only
-    tensor of the same dtype and shape is taken for it.
+    same (a fresh bias, a fresh norm) are no sign of a tie. Where only headers are known (`Headers`), or with ``unread``,
+    the one and only tensor of the same dtype and shape is taken for it, and the first of several that have a row for
+    every entry of the vocabulary.
     """
     like = header(weights, name)
     candidates = [other for other in among if other != name and header(weights, other) == like]
-    if isinstance(weights, Headers):
-        return candidates[0] if len(candidates) == 1 and len(like[1]) > 1 else None
+    if unread or isinstance(weights, Headers):
+        table = len(like[1]) == 2 and like[1][0] == _vocabulary(weights)
+        return candidates[0] if candidates and len(like[1]) > 1 and (table or len(candidates) == 1) else None
     if math.prod(like[1]) < 2:
         return None
     for other in candidates:
@@ -44,21 +45,18 @@ def tied_by_config(weights: Weights, name: str, shape: tuple[int, ...], among: I
 
     ``tie_word_embeddings`` is true there, and one tensor alone has the layer's shape; else None.
     """
-    config = read_config(folder_of(weights)) if len(shape) == 2 else {}
-    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    if not any(part.get("tie_word_embeddings") is True for part in parts):
+    if len(shape) != 2 or not _ties(weights):
         return None
     found = [other for other in among if other != name and header(weights, other)[1] == shape]
     return found[0] if len(found) == 1 else None
 
 
-def canonical(base: Weights, experts: Mapping[str, Weights], *, peek: bool = False) -> dict[str, str]:
+def canonical(base: Weights, experts: Mapping[str, Weights]) -> dict[str, str]:
     """Return, for tensors that are tied in the base and in every expert, the name whose random numbers they share.
 
     ``{"lm_head.weight": "embed.weight"}``: a step that draws must treat both alike, or the merged model is no longer
-    tied. Pairs of the same dtype and shape are compared, first by a few of their bytes, in full only where those agree;
-    not in full with ``peek``, for a check before any tensor is read. What is
-    constant in every model (a fresh norm) is tied to nothing.
+    tied. Pairs of the same dtype and shape are compared, first by a few of their bytes, in full only where those agree.
+    What is constant in every model (a fresh norm) is tied to nothing.
     """
     known = (base, *experts.values())
     if getattr(base, "made_up", False) or any(isinstance(as_stored(weights), Headers) for weights in known):
@@ -73,25 +71,45 @@ def canonical(base: Weights, experts: Mapping[str, Weights], *, peek: bool = Fal
         for first, other in combinations(names, 2):
             if other in found or first in found or any(n not in w for w in experts.values() for n in (first, other)):
                 continue
-            tied = all((_alike if peek else same)(weights, first, other) for weights in known)
-            few = not peek or math.prod(header(base, first)[1]) <= FEW  # a fresh norm is small
-            if tied and not (few and all(_constant(weights[first]) for weights in known)):
+            tied = all(same(weights, first, other) for weights in known)
+            if tied and not all(_constant(weights[first]) for weights in known):
                 found[other] = first
     return found
+
+
+def canonical_by_config(base: Weights, experts: Mapping[str, Weights]) -> dict[str, str]:
+    """Return what `canonical` does as far as headers and config.json files tell: every model says that it ties.
+
+    They are the tensors with a row for every entry of the vocabulary, of the same dtype and shape.
+    """
+    known = (base, *experts.values())
+    rows = _vocabulary(base)
+    if rows is None or not all(map(_ties, known)):
+        return {}
+    tables = [n for n, (_, shape) in _pairs(base).items() if len(shape) == 2 and shape[0] == rows]
+    first = next(iter(tables), "")
+    return {n: first for n in tables if n != first and all(n in w and first in w for w in known)}
+
+
+def _ties(weights: Weights) -> bool:
+    """Tell whether config.json says that the output layer is the embedding, at its top or in a part."""
+    config = read_config(folder_of(weights))
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    return any(part.get("tie_word_embeddings") is True for part in parts)
+
+
+def _vocabulary(weights: Weights) -> int | None:
+    return vocab_size(read_config(folder_of(weights)))
 
 
 def same(weights: Weights, one: str, other: str) -> bool:
     """Tell whether two tensors of ``weights`` have the same dtype, shape and bytes; NaN equals itself."""
     import torch
 
-    if not _alike(weights, one, other):
+    if header(weights, one) != header(weights, other) or sample(weights, one) != sample(weights, other):
         return False
     a, b = weights[one], weights[other]
     return _shared(a, b) or torch.equal(_bytes(a), _bytes(b))
-
-
-def _alike(weights: Weights, one: str, other: str) -> bool:
-    return header(weights, one) == header(weights, other) and sample(weights, one) == sample(weights, other)
 
 
 def _pairs(weights: Weights) -> dict[str, Head]:

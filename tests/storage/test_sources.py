@@ -280,14 +280,43 @@ def test_an_expert_may_be_tied_by_its_config_where_the_base_is_not(tmp_path):
         torch.testing.assert_close(merged["head.weight"], expert["embed.weight"])
 
 
-def test_a_check_looks_at_a_few_bytes_of_what_may_be_tied():
-    long = torch.arange(10_000.0)
-    other = long.clone()
-    other[4000] = 1e-30  # between the places that are looked at
-    for model, peeked, read in (({"a": long, "b": long.clone()}, {"b": "a"}, {"b": "a"}),
-                                ({"a": long, "b": other}, {"b": "a"}, {}), ({"a": long, "b": long + 1}, {}, {})):  # fmt: skip
-        assert canonical(model, {"x": model}, peek=True) == peeked
-        assert canonical(model, {"x": model}) == read
+def test_a_check_reads_no_tensor_to_tell_what_is_tied(tmp_path, monkeypatch):
+    """By config.json; by shape alone with a warning, which merging then finds true or not."""
+    base, expert = models()
+    less = {n: t for n, t in expert.items() if n != "head.weight"}
+    for who, weights in (("base", base), ("x", expert), ("less", less)):
+        merganser.save(weights, tmp_path / who)
+    rows = len(base["embed.weight"])
+    others = [tmp_path / "x", tmp_path / "less"]
+    read = []
+    monkeypatch.setattr(Stored, "__getitem__", lambda self, name: read.append(name))
+
+    def said() -> str:
+        found = merganser.check(tmp_path / "base", others, "dare | ties")
+        assert found.ok
+        assert not read
+        return " ".join(one.what for one in (*found.warnings, *found.notes))
+
+    assert "lacks 'head.weight', by its shape a tied copy of 'embed.weight'" in said()
+    assert "is tied to" not in said()
+    for who in ("base", "x", "less"):
+        (tmp_path / who / "config.json").write_text(f'{{"tie_word_embeddings": true, "vocab_size": {rows}}}')
+    assert "by its shape" not in said()
+    assert "'head.weight' is tied to 'embed.weight' in every model, as their config.json says" in said()
+
+
+def test_one_of_several_tables_is_taken_for_a_copy_where_the_config_has_their_rows(tmp_path):
+    """As in T5: shared, encoder's, decoder's embedding and output layer; of square matrices none is."""
+    base = {n: torch.randn(9, 4) for n in ("shared", "encoder.embed", "decoder.embed")} | {
+        n: torch.randn(4, 4) for n in "abc"
+    }
+    merganser.save(base, tmp_path / "base")
+    for lacks, ok in (("encoder.embed", True), ("b", False)):
+        merganser.save({n: t + 1 for n, t in base.items() if n != lacks}, tmp_path / lacks)
+        (tmp_path / "base" / "config.json").write_text('{"vocab_size": 9}')
+        assert merganser.check(tmp_path / "base", [tmp_path / lacks], "average").ok == ok
+        with pytest.raises(WeightsError, match=f"lacks '{lacks}'"):  # the bytes tell that it is none
+            merganser.merge(tmp_path / "base", [tmp_path / lacks], "average")
 
 
 def test_a_random_merge_of_tied_models_is_tied():
