@@ -445,7 +445,10 @@ def show_one(context: typer.Context, as_json: Json = False) -> None:
 @guarded
 def learn(
     what: Annotated[
-        str, typer.Argument(help="fisher, gram, inputs (of layers, for esm) or coefficients (AdaMerging).")
+        str,
+        typer.Argument(
+            help="fisher, gram, inputs (of layers, for esm), coefficients (AdaMerging) or surgery (of a merged model)."
+        ),
     ],
     recipe: Recipe,
     to: To = Path("ingredients"),
@@ -453,26 +456,31 @@ def learn(
         int, typer.Option(min=1, help="How many inputs an expert, from its task's validation split.")
     ] = 256,
     on: Annotated[
-        str, typer.Option(help="Coefficients are learned on the tasks' own inputs (tasks) or the recipe's (inputs).")
+        str,
+        typer.Option(
+            help="Coefficients and surgery are learned on the tasks' own inputs (tasks) or the recipe's (inputs)."
+        ),
     ] = "tasks",
-    steps: Annotated[int, typer.Option(min=1, help="Coefficients: how many steps.")] = 1000,
+    steps: Annotated[int, typer.Option(min=1, help="Coefficients and surgery: how many steps.")] = 1000,
+    model: Annotated[Path | None, typer.Option(help="Surgery: the merged model whose features are corrected.")] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Learn an ingredient (Fisher information, Gram matrices, layers' inputs, AdaMerging's coefficients) for a recipe's
-    experts; no label is used.
+    experts, or Surgery's corrections of a merged model's features; no label is used.
     """
     if dry_run:
         from .dry_run import check_learn
 
-        return tell(check_learn(recipe, what, to, on), as_json)
+        return tell(check_learn(recipe, what, to, on, model), as_json)
     from .learn.ingredient import learn_ingredient
     from .progress import bars
     from .recipe import read_recipe
 
-    folders = learn_ingredient(read_recipe(recipe), what, to, rows=rows, on=on, steps=steps, progress=bars)
+    folders = learn_ingredient(read_recipe(recipe), what, to, rows=rows, on=on, steps=steps, model=model, progress=bars)
     told = {name: str(folder) for name, folder in folders.items()}
-    say({what: told}, as_json, f'{what} learned into {to}; use: [ingredients] {what} = "{to}"')
+    use = f'[ingredients] {what} = "{to}"' if model is None else f"merganser eval {recipe} {model} --surgery {to}"
+    say({what: told}, as_json, f"{what} learned into {to}; use: {use}")
 
 
 @app.command("eval")
@@ -480,6 +488,9 @@ def learn(
 def evaluate(
     recipe: Recipe,
     models: Annotated[list[Path], typer.Argument(help="Models to score on the recipe's tasks.")],
+    surgery: Annotated[
+        Path | None, typer.Option(help="Corrections of the one model's features, from learn surgery: scored beside it.")
+    ] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -487,20 +498,29 @@ def evaluate(
     if dry_run:
         from .dry_run import check_models
 
-        return tell(check_models(recipe, models, "score"), as_json)
+        return tell(check_models(recipe, models, "score", surgery), as_json)
+    from .card import digest
     from .evaluate.run import Model, evaluate
     from .evaluate.table import summary
+    from .learn.surgery import check_one, corrected, read_surgery
     from .prepare import prepare
     from .recipe import read_recipe
     from .weights.delta import over
     from .weights.open import check_match, open_weights
 
+    if surgery is not None:
+        check_one(models)
+        read_surgery(surgery)
     ready = prepare(read_recipe(recipe))
     found = {}
     for path in models:
         weights = over(ready.whole, open_weights(path))
         check_match(ready.base, {str(path): weights}, ready.recipe.own)
         found[str(path)] = summary(evaluate(Model(ready.encoder, weights, ready.heads, ready.kind), ready.test))
+        if surgery is not None:
+            heads = corrected(ready.heads, read_surgery(surgery, digest(weights)))
+            model = Model(ready.encoder, weights, heads, ready.kind)
+            found[f"{path}, corrected"] = summary(evaluate(model, ready.test))
     if as_json:
         return say(found, True, "")
     from .show import show_scores

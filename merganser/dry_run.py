@@ -97,7 +97,9 @@ def check_adapt(path: str | Path, how: str, into: str | Path) -> Findings:
     return found
 
 
-def check_learn(path: str | Path, what: str, into: str | Path, on: str = "tasks") -> Findings:
+def check_learn(
+    path: str | Path, what: str, into: str | Path, on: str = "tasks", model: Path | None = None
+) -> Findings:
     """Return all that will go wrong with `learn`."""
     from .learn.ingredient import check_what
 
@@ -105,18 +107,28 @@ def check_learn(path: str | Path, what: str, into: str | Path, on: str = "tasks"
     if recipe is None:
         return found
     with found.gather("what"):
-        check_what(recipe, what, on)
-    one = what == "coefficients"
+        check_what(recipe, what, on, model)
+    if model is not None:
+        with found.gather("--model"):
+            base = open_headers(recipe.model.base)
+            _fits(found, base, over(base, open_headers(model)), recipe.own, f"model '{model}'")
+    one = what in ("coefficients", "surgery")
     for folder in [Path(into)] if one else [Path(into) / name for name in recipe.experts]:
         check_folder(found, folder)
-    todo = ["learn coefficients"] if one else [f"measure {what} of {name}" for name in recipe.experts]
+    todo = [f"learn {what}"] if one else [f"measure {what} of {name}" for name in recipe.experts]
     found.plan["stages"] = [{"stage": stage, "done": False} for stage in todo]
     return found
 
 
-def check_models(path: str | Path, models: Sequence[str | Path], verb: str) -> Findings:
-    """Return all that will go wrong with `eval` or `diagnose`."""
+def check_models(path: str | Path, models: Sequence[str | Path], verb: str, surgery: Path | None = None) -> Findings:
+    """Return all that will go wrong with `eval` or `diagnose`; ``surgery``: corrections of the one model's features."""
     found, recipe = _read(path)
+    if surgery is not None:
+        from .learn.surgery import check_one, read_surgery
+
+        with found.gather("--surgery"):
+            check_one(models)
+            read_surgery(surgery)
     if recipe is None:
         return found
     for model in models if found.ok else ():

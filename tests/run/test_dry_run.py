@@ -41,6 +41,8 @@ def test_learn_says_what_it_would_measure_and_all_that_is_wrong(user, tmp_path):
     ]
     told = plan("learn", "coefficients", user / "recipe.toml", "--to", to)
     assert [one["stage"] for one in told["plan"]["stages"]] == ["learn coefficients"]
+    told = plan("learn", "surgery", user / "recipe.toml", "--to", to, "--model", user / "experts" / "spots")
+    assert [one["stage"] for one in told["plan"]["stages"]] == ["learn surgery"]
     broken = user / "broken.toml"
     broken.write_text((user / "recipe.toml").read_text().replace("experts/spots", "experts/nowhere"))
     told = plan("learn", "fishr", broken, "--to", to)

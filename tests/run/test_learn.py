@@ -65,6 +65,44 @@ def test_coefficients_are_learned_and_a_run_takes_them(user, tmp_path, on):
     torch.testing.assert_close(merged["out.weight"], want)
 
 
+def test_surgery_corrects_the_merged_model_it_was_learned_for(user, tmp_path):
+    experts = [user / "experts" / n for n in ("stripes", "spots", "corners")]
+    merged, other, found = tmp_path / "merged", tmp_path / "other", tmp_path / "surgery"
+    merganser.merge(user / "base", experts, "task_arithmetic | scale(by=0.01)", into=merged)
+    merganser.merge(user / "base", experts, "task_arithmetic | scale(by=0.4)", into=other)
+    recipe = user / "recipe.toml"
+    told = ("--to", found, "--model", merged, "--rows", 200, "--steps", 300)
+    done = call("learn", "surgery", recipe, *told)
+    assert done.exit_code == 0, done.output
+    assert f"merganser eval {recipe} {merged} --surgery {found}" in "".join(done.output.split("\n")).replace("  ", " ")
+    done = call("eval", recipe, merged, "--surgery", found, "--json")
+    assert done.exit_code == 0, done.output
+    scores = {name: told["mean"]["score"] for name, told in json.loads(done.stdout).items()}
+    assert set(scores) == {str(merged), f"{merged}, corrected"}
+    assert scores[f"{merged}, corrected"] > scores[str(merged)] + 0.02
+
+    done = call("eval", recipe, other, "--surgery", found)
+    assert done.exit_code == 1
+    assert "was learned for another model" in done.output
+
+
+def test_surgery_needs_one_merged_model(user, tmp_path):
+    recipe, found = user / "recipe.toml", tmp_path / "x"
+    expert = user / "experts" / "spots"
+    for args, said in (
+        (("learn", "surgery", recipe, "--to", found), "give it with --model"),
+        (("learn", "gram", recipe, "--to", found, "--model", expert), "--model is for surgery"),
+        (("eval", recipe, expert, expert, "--surgery", found), "corrects one model, got 2"),
+        (("eval", recipe, expert, "--surgery", user / "base"), "no corrections here"),
+        (("eval", recipe, expert, "--surgery", user / "base", "--dry-run"), "no corrections here"),
+        (("learn", "surgery", recipe, "--to", found, "--model", tmp_path / "gone", "--dry-run"), "gone"),
+    ):
+        done = call(*args)
+        assert done.exit_code == 1, done.output
+        assert said in " ".join(done.output.split())
+    assert not found.exists()
+
+
 def test_another_word_is_told_before_work(user, tmp_path):
     done = call("learn", "fischer", user / "recipe.toml", "--to", tmp_path / "x")
     assert done.exit_code == 1
