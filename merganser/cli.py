@@ -505,8 +505,6 @@ def evaluate(
     from .learn.surgery import check_one, corrected, read_surgery
     from .prepare import prepare
     from .recipe import read_recipe
-    from .weights.delta import over
-    from .weights.open import check_match, open_weights
 
     if surgery is not None:
         check_one(models)
@@ -514,8 +512,7 @@ def evaluate(
     ready = prepare(read_recipe(recipe))
     found = {}
     for path in models:
-        weights = over(ready.whole, open_weights(path))
-        check_match(ready.base, {str(path): weights}, ready.recipe.own)
+        weights = ready.opened(path)
         found[str(path)] = summary(evaluate(Model(ready.encoder, weights, ready.heads, ready.kind), ready.test))
         if surgery is not None:
             heads = corrected(ready.heads, read_surgery(surgery, digest(weights)))
@@ -545,13 +542,12 @@ def diagnose(
     from .models.inputs import Subset, torch
     from .prepare import prepare
     from .progress import bars
-    from .recipe import read_recipe
-    from .weights.open import open_weights
+    from .recipe import LimitPart, read_recipe
 
     ready = prepare(read_recipe(recipe))
-    few = ready.recipe.limits.diagnose
+    few = ready.recipe.limits.diagnose or LimitPart().diagnose  # 0: none in a run, but here it is asked for
     inputs = {n: Subset(t.inputs, torch.arange(min(few, len(t)))) for n, t in ready.test.items()}
-    merged = {str(path): open_weights(path) for path in models}
+    merged = {str(path): ready.opened(path) for path in models}
     result = diagnose(
         ready.base, ready.experts, merged, encoder=ready.encoder, heads=ready.heads, inputs=inputs, kind=ready.kind,
         progress=bars,

@@ -97,6 +97,15 @@ class Prepared:
         some.__dict__["digests"] = {name: self.digests[name] for name in ("base", *names)}
         return some
 
+    def opened(self, path: str | Path) -> Mapping[str, Tensor]:
+        """Return the tensors of a model (a merged one) that the encoder uses, under the base's names, as an expert's are.
+
+        Raises WeightsError if it is no model of this base.
+        """
+        weights = _taken(f"model '{path}'", over(self.whole, open_weights(path)), self.encoder, self.recipe.own)
+        match(self.base, {str(path): weights})
+        return weights
+
     def scored(self, weights: Mapping[str, Tensor], only: str | None = None) -> tuple[Scores, Scores | None]:
         """Return the scores of weights on the test splits and in other domains; of ``only`` one task, if it is named."""
         heads = {**self.heads, **{domain: self.heads[task] for domain, task in self.parents.items()}}
@@ -289,19 +298,19 @@ def open_models(
         raise RecipeError(
             f"encoder '{recipe.model.encoder}' needs a method prepare(raw) that turns a task's rows into inputs"
         )
+    taken = {n: _taken(f"expert '{n}'", w, encoder, recipe.own) for n, w in sources.items()}
+    return encoder, _taken("the base", whole, encoder, recipe.own), taken, heads
+
+
+def _taken(who: str, weights: Mapping[str, Tensor], encoder: Any, own: Sequence[str]) -> Mapping[str, Tensor]:
+    """Return what an encoder uses of a model, under its own names; without ``own`` where it does not tell its names."""
     if hasattr(encoder, "roots"):
-        return encoder, encoder_weights(whole, encoder), {n: _of(n, w, encoder) for n, w in sources.items()}, heads
-    names = [name for name in whole if not matches(name, recipe.own)]
-    kept = {e: [n for n in w if not matches(n, recipe.own)] for e, w in sources.items()}
-    cut = {e: w if len(kept[e]) == len(w) else Renamed(w, {n: n for n in kept[e]}) for e, w in sources.items()}
-    return encoder, whole if len(names) == len(whole) else Renamed(whole, {n: n for n in names}), cut, heads
-
-
-def _of(name: str, weights: Mapping[str, Tensor], encoder: Any) -> Mapping[str, Tensor]:
-    try:
-        return encoder_weights(weights, encoder)
-    except WeightsError as error:
-        raise WeightsError(f"expert '{name}': {error}") from None
+        try:
+            return encoder_weights(weights, encoder)
+        except WeightsError as error:
+            raise WeightsError(f"{who}: {error}") from None
+    kept = [name for name in weights if not matches(name, own)]
+    return weights if len(kept) == len(weights) else Renamed(weights, {n: n for n in kept})
 
 
 def check_sentences(recipe: Recipe) -> list[Sentence]:

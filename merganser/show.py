@@ -211,26 +211,33 @@ def _gain(gain: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def show_scores(found: Mapping[str, Any], tasks: Sequence[str]) -> None:
-    """Print scores of models by task with the interval of the mean."""
+    """Print scores of models by task with the interval of the mean; what there is more of, tasks or models, goes down."""
+    rows = [[*(percent(told["tasks"][t]["score"]) for t in tasks), *_mean(told["mean"])] for told in found.values()]
+    names, models = [*tasks, "mean", "95 % interval"], [*found]
+    corner, heads, lines = "model", names, list(zip(models, rows, strict=True))
+    if len(models) < len(tasks):
+        corner, heads, lines = "task", models, list(zip(names, map(list, zip(*rows, strict=True)), strict=True))
     table = _table()
-    table.add_column("model", overflow="fold")
-    for name in (*tasks, "mean", "95 % interval"):
-        table.add_column(name, justify="right")
-    for model, told in found.items():
-        mean = told["mean"]
-        scores = [percent(told["tasks"][t]["score"]) for t in tasks]
-        table.add_row(model, *scores, percent(mean["score"]), f"{percent(mean['low'])} to {percent(mean['high'])}")
+    table.add_column(corner, overflow="fold")
+    for name in heads:
+        table.add_column(name, justify="right", overflow="fold")
+    for name, cells in lines:
+        table.add_row(name, *cells)
     _console().print(table)
+
+
+def _mean(mean: Mapping[str, float]) -> tuple[str, str]:
+    return percent(mean["score"]), f"{percent(mean['low'])} to {percent(mean['high'])}"
 
 
 def show_matrix(title: str, tasks: Sequence[str], matrix: Sequence[Sequence[float]]) -> None:
     """Print a matrix over tasks."""
     table = _table(title=title, title_justify="left")
-    table.add_column("")
+    table.add_column("", overflow="fold")
     for task in tasks:
-        table.add_column(task, justify="right")
+        table.add_column(task, justify="right", overflow="fold")
     for task, row in zip(tasks, matrix, strict=True):
-        table.add_row(task, *(f"{value:.4f}" for value in row))
+        table.add_row(task, *(f"{value:.3f}" for value in row))
     _console().print(table)
 
 

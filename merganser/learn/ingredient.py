@@ -38,8 +38,6 @@ def learn_ingredient(
     Raises DataError for another word, or where the recipe has no unlabeled inputs; and the errors of `prepare`.
     """
     from ..prepare import prepare
-    from ..weights.delta import over
-    from ..weights.open import check_match, open_weights
     from ..weights.save import save
     from .coefficients import adamerging
     from .entering import entering
@@ -63,8 +61,7 @@ def learn_ingredient(
         return {what: to}
     if what == "surgery":
         assert model is not None
-        weights = over(ready.whole, open_weights(model))
-        check_match(ready.base, {str(model): weights}, recipe.own)
+        weights = ready.opened(model)
         asked = dict.fromkeys(ready.experts, ready.inputs) if on == "inputs" else few
         corrections = surgeries(
             weights, ready.experts, encoder=ready.encoder, inputs=asked, steps=steps, seed=recipe.seed, **how

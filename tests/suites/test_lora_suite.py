@@ -8,10 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_text_suite import needs_data, needs_minilm, piece
+from typer.testing import CliRunner
 
 import merganser
 from merganser.card import read_card
 from merganser.catalog import suites
+from merganser.cli import app
 from merganser.sentence import parse
 from merganser.suites import lora, open_suite
 from merganser.suites.suite import bench, shortened
@@ -30,7 +32,7 @@ def random_bert(folder: Path) -> Path:
     torch.manual_seed(0)
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     config = transformers.BertConfig(**sizes, vocab_size=len(WORDS), max_position_embeddings=20)
-    transformers.BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    transformers.BertModel(config).save_pretrained(folder)  # with a pooler, which the suite's encoder does not have
     tokenizer = Tokenizer(models.WordLevel({word: k for k, word in enumerate(WORDS)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -76,6 +78,21 @@ def run_twice(short, data: Path, tmp_path: Path, how: list[str]) -> dict:
     return json.loads((tmp_path / "out" / "scores.json").read_text())
 
 
+def judge_what_was_written(out: Path, scores: dict) -> None:
+    """The merged folder that a run leaves has more tensors than the encoder; `eval` and `diagnose` take it all the same."""
+    recipe, merged = out / "recipe.toml", out / "merged"
+    assert "pooler.dense.weight" in merganser.open_weights(merged)
+    done = CliRunner().invoke(app, ["eval", str(recipe), str(merged), "--json"])
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)[str(merged)]
+    best = next(row for row in scores["rows"] if row["sentence"] == read_card(merged)["sentence"])
+    assert told["mean"]["score"] == pytest.approx(best["mean"]["score"])
+    recipe.write_text(recipe.read_text().replace("diagnose = ", "diagnose = 0  # "))
+    done = CliRunner().invoke(app, ["diagnose", str(recipe), str(merged), "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["sums"][str(merged)] > 0
+
+
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     monkeypatch.setenv("MERGANSER_CACHE", str(tmp_path / "cache"))
@@ -95,6 +112,7 @@ def test_adapters_of_a_random_bert_from_tasks_to_report(tiny, tmp_path):
     assert [row["merge"] for row in scores["rows"] if not row["tuned"]] == [
         "knots | ties", "knots | ties", "core | tsv", "dare(keep=0.2) | ties"
     ]  # fmt: skip
+    judge_what_was_written(tmp_path / "out", scores)
     folder = next(p.parent for p in (tmp_path / "cache").rglob(FILES[0]) if p.parent.name == "animal")
     config, card = json.loads((folder / CONFIG).read_text()), read_card(folder)
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 8)
@@ -126,7 +144,7 @@ def test_peft_loads_an_expert_to_the_same_weights(tiny, tmp_path):
     short, data, base = tiny
     bench(short, data, tmp_path / "out", experts_only=True)
     for file in (tmp_path / "cache").rglob(FILES[0]):
-        model = transformers.BertModel.from_pretrained(base, add_pooling_layer=False)
+        model = transformers.BertModel.from_pretrained(base)
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 "error", message=".*(missing|unexpected|adapter).*"
