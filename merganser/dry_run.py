@@ -7,7 +7,7 @@ from typing import Any
 
 from .check import check_folder, compare, titled
 from .errors import DataError, RecipeError, WeightsError, did_you_mean
-from .examine import asked_by, open_ingredients, try_out
+from .examine import try_out
 from .findings import Findings
 from .forecast import nbytes, writable
 from .sentence import parse
@@ -257,6 +257,7 @@ def check_suite(
 
 def _sentence(text: str, recipe: Any) -> None:
     from .adapt import adapt_steps, how_text
+    from .prepare import check_ingredients
 
     sentence = parse(text)
     if sentence.adapt:
@@ -266,7 +267,7 @@ def _sentence(text: str, recipe: Any) -> None:
                 f"'{sentence}' adapts on unlabeled inputs, but the recipe has none; add [inputs] files = [...]"
             )
     try_out(sentence.merging, list(recipe.experts))
-    open_ingredients(asked_by(sentence, recipe.ingredients), sentence.merging, list(recipe.experts))
+    check_ingredients(recipe, sentence)
 
 
 def _tasks(found: Findings, recipe: Any) -> None:

@@ -5,7 +5,7 @@ what can be foreseen beyond that.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -338,15 +338,18 @@ def _try_where(found: Findings, sentence: Sentence, where: Where, names: Sequenc
 
 
 def open_ingredients(
-    ingredients: Ingredients | None, sentence: Sentence, experts: Sequence[str]
+    ingredients: Ingredients | None, sentence: Sentence, experts: Sequence[str], *, later: Collection[str] = ()
 ) -> dict[str, Ingredient]:
-    """Open the extra tensors. Raises SentenceError if a step lacks its ingredient, or one is given that none asks for."""
+    """Open the extra tensors; those that come ``later`` may lack.
+
+    Raises SentenceError if a step lacks its ingredient, or one is given that none asks for.
+    """
     found = Findings()
     given = dict(ingredients or {})
     asked = {name: step for step in sentence.steps for name in step.ingredients}
     opened: dict[str, Ingredient] = {}
     for name, step in asked.items():
-        if name not in given:
+        if name not in given and name not in later:
             with found.gather("ingredients"):
                 raise SentenceError(
                     f"{step} needs the ingredient '{name}' (tensors under the model's names): give it with "

@@ -97,6 +97,14 @@ class Prepared:
         some.__dict__["digests"] = {name: self.digests[name] for name in ("base", *names)}
         return some
 
+    def given(self, ingredients: Mapping[str, Path]) -> "Prepared":
+        """Return the same with more ingredients; nothing is opened again."""
+        recipe = self.recipe.model_copy(update={"ingredients": {**self.recipe.ingredients, **ingredients}})
+        more = replace(self, recipe=recipe)
+        opened = {name for name in vars(self) if name not in vars(more)}
+        vars(more).update({name: vars(self)[name] for name in opened})  # what was worked out once
+        return more
+
     def opened(self, path: str | Path) -> Mapping[str, Tensor]:
         """Return the tensors of a model (a merged one) that the encoder uses, under the base's names, as an expert's are.
 
@@ -323,9 +331,18 @@ def check_sentences(recipe: Recipe) -> list[Sentence]:
             if recipe.inputs is None:
                 raise RecipeError(f"'{sentence}' adapts on unlabeled inputs, but the recipe has no [inputs] files")
         try_out(sentence.merging, list(recipe.experts))
-        open_ingredients(asked_by(sentence, recipe.ingredients), sentence.merging, list(recipe.experts))
+        check_ingredients(recipe, sentence)
     check_where(recipe, sentences)
     return sentences
+
+
+def check_ingredients(recipe: Recipe, sentence: Sentence) -> None:
+    """Raise SentenceError where a step lacks what the recipe does not give and a run cannot measure."""
+    from .learn.supply import lacking
+
+    given = asked_by(sentence, recipe.ingredients)
+    later = lacking(sentence, given)
+    open_ingredients(given, sentence.merging, list(recipe.experts), later=later)
 
 
 def check_statistics(recipe: Recipe) -> None:

@@ -2,6 +2,7 @@
 
 FOLDER/recipe.toml            the recipe as it ran
 FOLDER/adapted/NAME/EXPERT/   adapted experts, each with its card and log
+FOLDER/ingredients/           what steps need and the recipe does not give, measured (`learn.supply`)
 FOLDER/rows/NAME.json         what one sentence scored, with every prediction
 FOLDER/merged/                the model of the sentence that was best on the validation splits
 FOLDER/scores.json  diagnosis.json  run.json  report.html
@@ -26,6 +27,7 @@ from .evaluate.ensemble import HEADS, ensembles
 from .evaluate.run import Scores
 from .evaluate.table import Row, joint, overall_gain, read_rows, table, write_rows
 from .examine import asked_by
+from .learn.supply import ROWS, lacking, supplied
 from .loop import applied
 from .merge import merge
 from .models.statistics import is_statistic
@@ -168,14 +170,27 @@ def score_all(ready: Prepared, experts: Mapping[str, Any], stages: _Stages) -> l
             "experts": _keys(ready, experts[how]),
             **_given(ready, sentence),
         }
-        work = partial(score_sentence, ready, sentence, experts[how], progress=stages.progress)
+        work = partial(_scored, ready, sentence, experts[how], stages)
         rows += stages.rows(str(sentence), key, work)
     return rows
 
 
+def _scored(ready: Prepared, sentence: Sentence, experts: Mapping[str, Any], stages: _Stages) -> list[Row]:
+    known = _supplied(ready, sentence, experts, stages)
+    return score_sentence(known, sentence, experts, progress=stages.progress)
+
+
+def _supplied(ready: Prepared, sentence: Sentence, experts: Mapping[str, Any], stages: _Stages) -> Prepared:
+    """Return ``ready`` with the ingredients that a sentence lacks, measured for these experts."""
+    place = stages.folder / "ingredients" / slug(how_text(sentence.adapt) or "experts")
+    return supplied(ready, sentence, experts, _keys(ready, experts), place, stages.progress)
+
+
 def consumed(ready: Prepared, row: Row) -> list[str]:
     """Return what a row used beside the weights of base and experts."""
-    used = [f"{name} (ingredient)" for name in asked_by(parse(row.sentence), ready.recipe.ingredients)]
+    sentence = parse(row.sentence)
+    used = [f"{name} (ingredient)" for name in asked_by(sentence, ready.recipe.ingredients)]
+    used += [f"{name} ({ROWS} unlabeled inputs a task)" for name in lacking(sentence, ready.recipe.ingredients)]
     if row.adapt:
         used.append("unlabeled inputs")
     if ready.resets:
@@ -247,7 +262,7 @@ def diagnose_all(
     }
     for how, models in experts.items():
         of_this = [r for r in chosen if (r.adapt or "") == how]
-        merged = {r.sentence: _merged(ready, models, parse(r.sentence)) for r in of_this}
+        merged = {r.sentence: _merged(ready, models, parse(r.sentence), stages) for r in of_this}
         result = diagnose(
             ready.base,
             models,
@@ -289,8 +304,9 @@ def keep_best(ready: Prepared, experts: Mapping[str, Any], rows: list[Row], stag
         stages.note(f"write {best}", started, reused=True)
         return
     origin, own = ready.whole, ready.left_out
+    ready = _supplied(ready, best, experts[how], stages)
     if ready.resets:
-        measured = {n: t for n, t in _merged(ready, experts[how], best).items() if is_statistic(n)}
+        measured = {n: t for n, t in _merged(ready, experts[how], best, stages).items() if is_statistic(n)}
         origin = Picked({n: (measured if n in measured else ready.whole, n) for n in ready.whole}, ready.whole)
         own = [*own, *measured]
     merge(
@@ -311,13 +327,15 @@ def keep_best(ready: Prepared, experts: Mapping[str, Any], rows: list[Row], stag
 def _given(ready: Prepared, sentence: Sentence) -> dict[str, Any]:
     """Return the patterns and ingredients that bear on a sentence's result, if there are any."""
     where = for_sentence(ready.recipe.where, sentence)
-    told = {"where": where} if where else {}
+    told: dict[str, Any] = {"where": where} if where else {}
     asked = asked_by(sentence, ready.recipe.ingredients)
-    return told | ({"ingredients": {name: file_digests(path) for name, path in asked.items()}} if asked else {})
+    told |= {"ingredients": {name: file_digests(path) for name, path in asked.items()}} if asked else {}
+    measured = lacking(sentence, ready.recipe.ingredients)
+    return told | ({"measured": dict.fromkeys(measured, ROWS)} if measured else {})
 
 
-def _merged(ready: Prepared, experts: Mapping[str, Any], sentence: Sentence) -> Mapping[str, Tensor]:
-    delta = delta_of(ready, sentence, experts)
+def _merged(ready: Prepared, experts: Mapping[str, Any], sentence: Sentence, stages: _Stages) -> Mapping[str, Tensor]:
+    delta = delta_of(_supplied(ready, sentence, experts, stages), sentence, experts)
     return ready.finished({n: applied(t, delta[n]) if n in delta else t for n, t in ready.base.items()})
 
 

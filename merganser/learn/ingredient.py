@@ -40,8 +40,7 @@ def learn_ingredient(
     from ..prepare import prepare
     from ..weights.save import save
     from .coefficients import adamerging
-    from .entering import entering
-    from .measure import fisher, gram
+    from .supply import measure
     from .surgery import surgeries, tensors
 
     check_what(recipe, what, on, model)
@@ -71,12 +70,7 @@ def learn_ingredient(
         return {what: to}
     folders = {}
     for name, weights in ready.experts.items():
-        if what == "fisher":
-            measured = fisher(ready.encoder, weights, ready.heads[name], few[name], **how)
-        elif what == "inputs":
-            measured = entering(ready.encoder, weights, few[name], **how)
-        else:
-            measured = gram(ready.encoder, weights, few[name], **how)
+        measured = measure(ready, what, name, weights, rows, progress)
         folders[name] = to / name
         save(measured, folders[name], {"kind": what, "expert": name, "rows": len(few[name]), "seed": recipe.seed})
     return folders

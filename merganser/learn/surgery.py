@@ -103,14 +103,15 @@ def surgeries(
 
     ``knobs`` are those of `surgery`. Costs a forward pass of both models over the inputs, and then seconds.
     """
-    found = {}
+    found, seen = {}, None
     for name, weights in experts.items():
-        with progress(f"features for {name}", 2 * len(inputs[name])) as tick:
-            seen = []
-            for model in (merged, weights):
-                seen.append(features(encoder, model, inputs[name], kind=kind))
-                tick(len(inputs[name]))
-        found[name] = surgery(*seen, **knobs)
+        with progress(f"features for {name}", 2) as tick:
+            if seen is None or seen[0] is not inputs[name]:  # tasks may share their inputs
+                seen = inputs[name], features(encoder, merged, inputs[name], kind=kind)
+            tick(1)
+            own = features(encoder, weights, inputs[name], kind=kind)
+            tick(1)
+        found[name] = surgery(seen[1], own, **knobs)
     return found
 
 

@@ -1,12 +1,14 @@
 """From recipe to ingredients to a run that uses them, on the command line."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 import merganser
+from merganser.adapt import slug
 from merganser.cli import app
 
 
@@ -43,6 +45,52 @@ def test_what_is_measured_is_what_a_run_takes(user, tmp_path, what, step):
         torch.testing.assert_close(merged["out.weight"], want["out.weight"])
     average = merganser.merge(base, experts, "average")
     assert not torch.allclose(want["out.weight"], average["out.weight"])
+
+
+@pytest.mark.parametrize(("what", "step"), [("fisher", "fisher"), ("gram", "regmean"), ("inputs", "esm")])
+def test_a_run_measures_what_its_steps_need(user, tmp_path, what, step):
+    """The same as handing it over, for experts as they are; for adapted ones it is measured of those. Once."""
+    recipe = (user / "recipe.toml").read_text()
+    start = recipe.index("sentences = ["), recipe.index("]\n", recipe.index("sentences = [")) + 2
+    adapted = f"ri(steps=3, batch=16) | {step}"
+    recipe = recipe[: start[0]] + f'sentences = ["{step}", "{adapted}"]\n' + recipe[start[1] :]
+    plain, given = user / "plain.toml", user / "given.toml"
+    plain.write_text(recipe)
+    assert call("run", plain, "--to", tmp_path / "x", "--dry-run").exit_code == 0
+    assert call("learn", what, plain, "--to", tmp_path / what).exit_code == 0
+    given.write_text(f'{recipe}\n[ingredients]\n{what} = "{tmp_path / what}"\n')
+    rows = {}
+    for path in (plain, given):
+        done = call("run", path, "--to", tmp_path / path.stem)
+        assert done.exit_code == 0, done.output
+        told = json.loads((tmp_path / path.stem / "scores.json").read_text())["rows"]
+        rows[path.stem] = {(row["sentence"], row["tuned"]): row for row in told}
+    for key, row in rows["given"].items():
+        assert row["consumed"][0] == f"{what} (ingredient)"
+        assert rows["plain"][key]["consumed"][0] == f"{what} (256 unlabeled inputs a task)"
+        if not row["adapt"]:
+            assert row["mean"] == rows["plain"][key]["mean"]
+    held = tmp_path / "plain" / "ingredients"
+    own, others = (held / name / what for name in ("experts", slug("ri(steps=3, batch=16)")))
+    same = {n: merganser.open_weights(own / "spots")[n] for n in merganser.open_weights(own / "spots")}
+    assert all(torch.equal(t, merganser.open_weights(tmp_path / what / "spots")[n]) for n, t in same.items())
+    assert any(not torch.equal(t, merganser.open_weights(others / "spots")[n]) for n, t in same.items())
+
+    before = {p: p.stat().st_mtime_ns for p in held.rglob("*.safetensors")}
+    shutil.rmtree(tmp_path / "plain" / "rows")
+    assert call("run", plain, "--to", tmp_path / "plain").exit_code == 0
+    assert {p: p.stat().st_mtime_ns for p in held.rglob("*.safetensors")} == before
+
+
+def test_what_nobody_can_measure_has_to_be_given(user, tmp_path):
+    recipe = (user / "recipe.toml").read_text()
+    start = recipe.index("sentences = ["), recipe.index("]\n", recipe.index("sentences = [")) + 2
+    other = user / "other.toml"
+    other.write_text(recipe[: start[0]] + 'sentences = ["weighted"]\n' + recipe[start[1] :])
+    for more in ((), ("--dry-run",)):
+        done = call("run", other, "--to", tmp_path / "x", *more)
+        assert done.exit_code == 1
+        assert "needs the ingredient 'coefficients'" in " ".join(done.output.split())
 
 
 @pytest.mark.parametrize("on", ["tasks", "inputs"])
