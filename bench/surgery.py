@@ -1,0 +1,133 @@
+"""Does correcting a merged model's features (Surgery) help, and does `ri` help under it?
+
+    python bench/surgery.py --data TEXT_TASKS --to OUT --out docs/results/text-surgery.json --seeds 3
+
+On the text suite's experts, with `ri(steps=100)` and without; scales are chosen on 200 rows a task for validation, scores are
+those of 800 for the test. Corrections are learned as `merganser learn surgery` does (rank 16, 1,000 steps), from the merged
+model and the experts as they were before `ri`, without labels:
+
+    tasks     on 200 rows of each task's validation split
+    inputs    on 4,000 of the suite's unlabeled sentences, the same for all tasks
+
+OUT keeps the adapted experts; what is there is not made again.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from merganser.adapt import adapt, slug
+from merganser.evaluate.run import Scores, gained, outcome
+from merganser.learn.surgery import Correction, corrected, surgery
+from merganser.models.encoder import features
+from merganser.models.inputs import Subset
+from merganser.prepare import Prepared, prepare
+from merganser.progress import bars
+from merganser.recipe import LimitPart
+from merganser.sentence import parse
+from merganser.suites import text
+from merganser.suites.suite import recipe_for, shortened
+from merganser.sweep import delta_of, merged_at, score_experts, score_sentence
+
+RI = "ri(steps=100)"
+MERGERS = ("task_arithmetic", "tsv")
+WAYS = ("", "tasks", "inputs")
+HEAD = ["sentence", "corrected on", "mean", "over no correction", "what ri gives, corrected alike"]
+SOME = 4000
+
+
+def learned_on(ready: Prepared) -> dict[str, dict[str, Any]]:
+    """Return the inputs of each way by task."""
+    some = Subset(ready.inputs, torch.arange(min(SOME, len(ready.inputs))))
+    return {"tasks": {n: ready.val[n].inputs for n in ready.tasks}, "inputs": dict.fromkeys(ready.tasks, some)}
+
+
+def seen(ready: Prepared, weights: Any, inputs: Any) -> torch.Tensor:
+    return features(ready.encoder, weights, inputs, kind=ready.kind)
+
+
+def scores_of(ready: Prepared, weights: Any, asked: Any, own: Any) -> dict[str, Scores]:
+    """Return what a merged model scores as it is, and corrected in either way."""
+    test = {n: seen(ready, weights, t.inputs) for n, t in ready.test.items()}
+    mine: dict[int, torch.Tensor] = {}
+    found = {}
+    for way in WAYS:
+        corrections: dict[str, Correction] = {}
+        for n in ready.tasks if way else ():
+            given = asked[way][n]
+            if id(given) not in mine:
+                mine[id(given)] = seen(ready, weights, given)
+            corrections[n] = surgery(mine[id(given)], own[way][n], seed=ready.recipe.seed)
+        heads = corrected(ready.heads, corrections) if way else ready.heads
+        found[way] = Scores({n: outcome(heads[n](test[n]), ready.test[n]) for n in ready.tasks})
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--to", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=1)
+    args = parser.parse_args()
+    suite = shortened(text.SUITE, limits=LimitPart(val=200, test=800, diagnose=0))
+    recipe = recipe_for(suite, args.data, ["tsv"], progress=bars)
+    found: dict[tuple[str, str, str], list[Scores]] = {}
+    started, top, own = time.monotonic(), 0.0, None
+    for seed in range(args.seeds):
+        ready = prepare(recipe.model_copy(update={"seed": seed}))
+        asked = learned_on(ready)
+        if own is None:
+            top = score_experts(ready, ready.experts)[0].mean
+            own = {way: {n: seen(ready, w, asked[way][n]) for n, w in ready.experts.items()} for way in WAYS[1:]}
+        place = args.to / f"seed-{seed}" / "adapted" / slug(RI)
+        adapted = adapt(
+            ready.base, ready.experts, encoder=ready.encoder, heads=ready.heads, inputs=ready.inputs, how=RI, seed=seed,
+            into=place, kind=ready.kind, heads_key=ready.heads_key, progress=bars,
+        )  # fmt: skip
+        for adapting, experts in (("", ready.experts), (RI, adapted)):
+            for merger in MERGERS:
+                sentence = parse(merger)
+                by = score_sentence(ready, sentence, experts, progress=bars)[-1].scale
+                weights = merged_at(ready, delta_of(ready, sentence, experts), by)
+                for way, scores in scores_of(ready, weights, asked, own).items():
+                    found.setdefault((adapting, merger, way), []).append(scores)
+                    print(seed, adapting, merger, by, way, f"{100 * scores.mean:.2f}", flush=True)
+        told = {
+            "date": time.strftime("%Y-%m-%d"), "seeds": seed + 1, "experts": top, "threads": torch.get_num_threads(),
+            "seconds": round(time.monotonic() - started), "head": HEAD,
+            "rows": [line(found, *key, top) for key in found],
+        }  # fmt: skip
+        args.out.write_text(json.dumps(told, indent=1) + "\n")
+
+
+def line(
+    found: dict[tuple[str, str, str], list[Scores]], adapting: str, merger: str, way: str, top: float
+) -> list[str]:
+    """Return a line of the table: mean, gain over the same without correction, gain over the same without ``ri``."""
+    these = found[adapting, merger, way]
+    mean = sum(s.mean for s in these) / len(these)
+
+    def over(key: tuple[str, str, str]) -> str:
+        gain = gained(list(zip(found[key], these, strict=True)))
+        each = ", ".join(f"{100 * g:+.1f}" for g in gain["each"])
+        lost = top - sum(s.mean for s in found[key]) / len(these)
+        told = f"{100 * gain['score']:+.1f} [{100 * gain['low']:+.1f}, {100 * gain['high']:+.1f}]"
+        return f"{told} ({each}), {100 * gain['score'] / lost:.0f} % of the loss"
+
+    sentence = f"`{adapting} | {merger}`" if adapting else f"`{merger}`"
+    return [
+        sentence,
+        way or "–",
+        f"{100 * mean:.1f}",
+        over((adapting, merger, "")) if way else "–",
+        over(("", merger, way)) if adapting else "–",
+    ]
+
+
+if __name__ == "__main__":
+    main()
