@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from merganser.adapt import remembered
+from merganser.deltas import merged_deltas
 from merganser.evaluate.run import Model, Scores, evaluate
 from merganser.evaluate.table import rows_in
-from merganser.loop import merged_deltas
 from merganser.models.device import home, there
 from merganser.prepare import Prepared, prepare
 from merganser.progress import bars

@@ -20,11 +20,14 @@ import torch
 from torch import Tensor
 
 from .card import key_of, write_card
+from .deltas import applied
 from .errors import WeightsError
 from .fingerprint import Seen
-from .loop import Job, Piece, applied, by_factors, merge_each, stays_linear, survey
+from .job import Job
+from .loop import Piece, by_factors, merge_each, stays_linear
 from .progress import Progress, silent
 from .steps.krylov import leading
+from .survey import survey
 from .weights.adapter import CONFIG, FILES, PREFIX, Adapted, Adapter, Factors
 from .weights.header import header, shape_of
 from .weights.parts import inputs_of

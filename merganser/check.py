@@ -23,7 +23,7 @@ from .weights.tokenizer import read_config, vocab_size
 from .where import Patterns
 
 if TYPE_CHECKING:
-    from .loop import Job
+    from .job import Job
 
 # settings of a config.json that shapes do not show, and that make the same numbers mean something else
 MEANING = (

@@ -16,8 +16,10 @@ from .as_adapter import Plan
 from .card import read_json
 from .errors import MerganserError, SentenceError, WeightsError, did_you_mean
 from .findings import Findings
-from .loop import Ingredient, Job, is_float, merge_each, survey
+from .job import Ingredient, Job
+from .loop import is_float, merge_each
 from .sentence import Sentence, Step, find, parse, step_of, words_of
+from .survey import survey
 from .weights.adapter import Adapter, Bare
 from .weights.delta import is_delta
 from .weights.header import Headers, folder_of, matches, quantised, shape_of

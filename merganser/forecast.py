@@ -14,7 +14,7 @@ from .weights.quantised import as_stored
 from .weights.stored import DTYPES
 
 if TYPE_CHECKING:
-    from .loop import Job
+    from .job import Job
     from .sentence import Step
 
 TORCH = 220 << 20  # bytes that a process with torch has before it merges anything

@@ -13,84 +13,29 @@ moved). Running statistics of batch norm are the plain mean of the experts', wha
 they would be no statistics (a variance can turn negative). Deltas are fp32, those of float64 tensors float64.
 """
 
-import contextlib
-import hashlib
 import math
-import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial, reduce
-from itertools import repeat
-from operator import add
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from .errors import SentenceError, WeightsError
+from .errors import SentenceError
 from .heap import give_back
-from .models.statistics import is_statistic
+from .job import Job, rngs
 from .parallel import in_order, one_thread_each
 from .progress import Progress, silent
-from .sentence import Sentence, Step, find, takes
-from .steps.select import known_before, known_of_left
+from .read import Cut, not_finite, read
+from .sentence import Step, takes
+from .steps.select import known_before
 from .weights.adapter import Factors
 from .weights.header import factors, header, pieces, shape_of, touches
-from .where import Where
 
 CUT = 1 << 17  # entries; a multiple of 16, so that a generator draws for cuts what it draws for the whole tensor
-HUGE = 1 << 22  # bytes
 LARGE = 1 << 23  # entries of all experts: beside what a step makes of as many, giving memory back costs nothing
 Surveys = Mapping[tuple[int, str], Any]
-
-
-@dataclass(frozen=True)
-class Ingredient:
-    """Extra tensors under the model's names: one set shared by all experts, or one set an expert."""
-
-    shared: Mapping[str, Tensor] | None = None
-    each: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
-
-    def of(self, name: str) -> Tensor | None:
-        """Return the tensor for ``name``, shared or stacked over experts; None where it is not there."""
-        if self.shared is not None:
-            return self.shared.get(name)
-        rows = [weights[name] for weights in self.each.values() if name in weights]
-        return torch.stack(rows) if rows and len(rows) == len(self.each) else None
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is merged: the weights, the sentence, the names, and what the steps are given."""
-
-    base: Mapping[str, Tensor]
-    experts: Mapping[str, Mapping[str, Tensor]]
-    sentence: Sentence
-    names: Sequence[str]
-    seed: int = 0
-    ingredients: Mapping[str, Ingredient] = field(default_factory=dict)
-    where: Where = field(default_factory=Where)
-    alike: Mapping[str, str] = field(default_factory=dict)  # tied tensors draw the random numbers of one of them
-    factored: bool = False  # hand on a merged product as `Factors` where the steps leave it one
-    seen: Callable[[str, str, int, Tensor], None] | None = None  # told model, name, place and piece of what is merged
-
-    def steps(self, name: str) -> tuple[Step, ...]:
-        """Return the steps for one tensor with the knobs they have there."""
-        if is_statistic(name):
-            return (Step("average", *find("average")),)
-        experts = tuple(self.experts)
-        return tuple(step.for_experts(experts) for step in self.where.resolve(self.sentence, name).steps)
-
-    def touched(self, name: str) -> bool:
-        """Tell whether an expert may have moved a tensor; adapters know what they leave alone."""
-        return any(touches(weights, name) for weights in self.experts.values())
-
-    def sizes(self, names: Sequence[str]) -> list[int]:
-        """Return the number of entries of each tensor, of all experts together."""
-        return [len(self.experts) * math.prod(shape_of(self.base, name)) for name in names]
 
 
 class Piece(NamedTuple):
@@ -102,130 +47,7 @@ class Piece(NamedTuple):
     value: Any  # the deltas [experts, ...], a merged delta, or None where no expert has moved anything
 
 
-def survey(job: Job, *, share: Any = None, progress: Progress = silent) -> Surveys:
-    """Return what the steps have to learn from the whole model before they are run, step after step.
-
-    Tensors whose step has the same knobs are surveyed together. ``share`` (`parts.Share`) takes other processes' sums.
-    """
-    surveys: dict[tuple[int, str], Any] = {}
-    for i in range(len(job.sentence.steps)):
-        groups: dict[str, tuple[Step, list[str]]] = {}
-        for name in job.names:
-            steps = job.steps(name)
-            if not is_statistic(name):
-                groups.setdefault(str(steps[i]), (steps[i], []))[1].append(name)
-        for told, (step, names) in groups.items():
-            if prepare := step.hook("prepare"):
-                rng = {"rng": generator(job.seed, told, "all")} if "rng" in takes(prepare) else {}
-                try:
-                    surveys[i, told] = prepare(lambda n, i=i: _whole(job, n, i, surveys), names, **step.knobs, **rng)
-                except ValueError as error:
-                    raise SentenceError(f"{step}: {error}") from None
-            elif step.looks and step.scope == "model":
-                learned: list[Any] = []
-                for p, look in enumerate(step.looks):
-                    known = known_before(look, learned)
-                    if known is None and p == 0:
-                        known = _of_left(job, names, i, look, share, told, progress)
-                    if known is not None:
-                        learned.append(known)
-                        continue
-                    see = partial(_look, job, i=i, look=look, learned=learned, surveys=surveys)
-                    with progress(f"survey {step}, pass {p + 1} of {len(step.looks)}", len(names)) as tick:
-                        sums = _sums(job, names, see, share, (i, told, p), tick)
-                    if sums is None:
-                        break
-                    learned.append(sums)
-                surveys[i, told] = learned or None
-    return surveys
-
-
-class Sums:
-    """A survey growing tensor by tensor; floating point sums are added in the order of names, so order never shows."""
-
-    def __init__(self, whole: Any = None, each: dict[str, Any] | None = None):
-        self.whole, self.each = whole, each or {}
-
-    def take(self, name: str, value: Any) -> None:
-        """Add one tensor's value."""
-        if isinstance(value, Tensor) and not value.is_floating_point():
-            self.whole = value if self.whole is None else self.whole + value
-        elif value is not None:
-            self.each[name] = value
-
-    def __add__(self, other: "Sums") -> "Sums":
-        wholes = [one.whole for one in (self, other) if one.whole is not None]
-        return Sums(reduce(add, wholes) if wholes else None, self.each | other.each)
-
-    def total(self) -> Any:
-        """Return the sum over all tensors; None if there was none."""
-        return reduce(add, (self.each[name] for name in sorted(self.each))) if self.each else self.whole
-
-
-def _sums(job: Job, names: Sequence[str], see: Callable[[str], Any], share: Any, key: Any, tick: Any) -> Any:
-    """Return the sum of what is seen in each tensor, tensors in parallel."""
-
-    def of(some: Sequence[str]) -> Sums:
-        sums = Sums()
-        with one_thread_each() as workers:
-            seen = in_order(see, some, job.sizes(some), workers)
-            for name, value in zip(some, seen, strict=True):
-                sums.take(name, value)
-                tick(1)
-        return sums
-
-    return (of(names) if share is None else share.sums(key, names, of)).total()
-
-
-def _of_left(
-    job: Job, names: Sequence[str], i: int, look: Any, share: Any, told: str, progress: Progress
-) -> Tensor | None:
-    """Return totals of a first look, known of how few entries the edit before it leaves; None where it has to look.
-
-    An edit says that itself (``leaves``), by its dice alone. So nearly no tensor is read: DARE leaves a tenth of the
-    entries, of which TIES would trim none. They are thrown for all only where those for a few show that it may do.
-    """
-    if not any(_thins(job.steps(name), i) for name in names):
-        return None
-    first = next(name for name in names if _thins(job.steps(name), i))
-    few = min(CUT, math.prod(shape_of(job.base, first)))
-    if known_of_left(look, few, _left(job, first, i, few)) is None:
-        return None
-    with progress(f"count what {job.sentence.steps[i - 1]} leaves", len(names)) as tick:
-        counted = _sums(job, names, partial(_sized, job, i=i), share, (i, told, "left"), tick)
-    return None if counted is None else known_of_left(look, int(counted[0]), counted[1:].tolist())
-
-
-def _thins(steps: Sequence[Step], i: int) -> Callable[..., int] | None:
-    """Return how the edit before step ``i`` counts what it leaves, if it can and only edits come before."""
-    edits = 0 < i < len(steps) and all(step.kind == "edit" for step in steps[:i])
-    return steps[i - 1].hook("leaves") if edits else None
-
-
-def _sized(job: Job, name: str, i: int) -> Tensor | None:
-    """Return how many entries a tensor has, and of each expert's how many are left; None if no expert has moved it."""
-    shape = shape_of(job.base, name)
-    if not job.touched(name) or not any(cut.moved for cut in read(job, name, CUT, shape)):
-        return None
-    size = math.prod(shape)
-    return torch.tensor([size, *_left(job, name, i, size)])
-
-
-def _left(job: Job, name: str, i: int, size: int) -> list[int]:
-    """Return how many of each expert's first ``size`` entries the edit before step ``i`` leaves at most."""
-    steps = job.steps(name)
-    if (leaves := _thins(steps, i)) is None:
-        return [size] * len(job.experts)
-    step, rngs = steps[i - 1], _rngs(job, name, steps[:i])
-
-    def of(row: int, expert: str) -> int:
-        knobs = {**step.knobs, **step.for_one(row), "rng": rngs.get((i - 1, expert))}
-        return sum(leaves(min(CUT, size - at), **knobs) for at in range(0, size, CUT))
-
-    return [of(row, expert) for row, expert in enumerate(job.experts)]
-
-
-def _look(
+def look_at(
     job: Job,
     name: str,
     i: int,
@@ -260,22 +82,12 @@ def _look(
     return total.tensor() if hasattr(total, "tensor") else total  # a tally that has waited for more is counted now
 
 
-def _whole(job: Job, name: str, i: int, surveys: Surveys) -> tuple[Tensor, Tensor]:
+def whole(job: Job, name: str, i: int, surveys: Surveys) -> tuple[Tensor, Tensor]:
     """Return base and deltas of a whole tensor as step ``i`` sees them."""
     cuts = [(p.base, p.value[0].clone()) for p in through(job, name, i, surveys, zeros=True)]
     shape, rows = shape_of(job.base, name), len(job.experts)
     base = torch.cat([base.reshape(-1) for base, _ in cuts]).reshape(shape)
     return base, torch.cat([deltas.reshape(rows, -1) for _, deltas in cuts], dim=1).reshape(rows, *shape)
-
-
-class Cut(NamedTuple):
-    """Entries of a flattened tensor as `read` gives them; ``moved``: whether any delta is not zero."""
-
-    at: int
-    origin: Tensor
-    base: Tensor
-    deltas: Tensor
-    moved: bool
 
 
 def through(
@@ -439,7 +251,7 @@ def _tensor_surveys(
             for look in step.looks:
                 seen = known_before(look, learned)
                 if seen is None:
-                    seen = _look(job, name, i, look, learned, local, pad, cuts)
+                    seen = look_at(job, name, i, look, learned, local, pad, cuts)
                 if seen is None:
                     break
                 learned.append(seen)
@@ -491,7 +303,7 @@ class _Run:
             for k, step in enumerate(steps)
             if step.kind == "edit"
         }
-        self.rngs = _rngs(job, name, steps)
+        self.rngs = rngs(job, name, steps)
 
     @property
     def linear(self) -> bool:
@@ -592,19 +404,6 @@ class _Run:
         return value
 
 
-def _rngs(job: Job, name: str, steps: Sequence[Step]) -> dict[tuple[int, str], np.random.Generator]:
-    """Return the generators of one tensor's steps: an expert's own for edits before the combining step."""
-    drawn_as = job.alike.get(name, name)
-    at = next((k for k, step in enumerate(steps) if step.kind == "combine"), len(steps))
-    words = [step.function for step in steps]
-    return {
-        (k, who): generator(job.seed, drawn_as, who, words[:k].count(step.function))
-        for k, step in enumerate(steps)
-        if "rng" in takes(step.function)
-        for who in (tuple(job.experts) if step.kind == "edit" and k < at else ("merged",))
-    }
-
-
 def _tail(steps: Sequence[Step], combine: int) -> int:
     """Return the first of the steps at the end, the combining one among them, that can take a tensor in cuts.
 
@@ -668,92 +467,6 @@ def _cut(
     return {name: under(tensor) for name, tensor in extra.items()}
 
 
-def read(job: Job, name: str, cut: int | None, shape: tuple[int, ...], *, hold: bool = False) -> Iterator[Cut]:
-    """Yield a tensor cut by cut: place, base as stored and as computed with, deltas ``[experts, n]``, whether any moved.
-
-    ``cut`` is the number of entries in a piece; None gives the whole tensor in its shape. The deltas lie in a buffer
-    that the next piece overwrites, unless ``hold``. Raises WeightsError, naming tensor and model, at a value that is
-    not finite.
-    """
-    numel, kind = math.prod(shape), torch.float64 if header(job.base, name)[0] == "F64" else torch.float32
-    step = max(1, min(cut or numel, numel))
-    parts = [_parts(weights, name, step) for weights in job.experts.values()]
-    at = 0
-    # splitting once is a tenth of the time of slicing each piece
-    for stored, *theirs in zip(pieces(job.base, name, step), *parts, strict=False):
-        n = stored.numel()
-        base = stored.to(kind)
-        if hold or at == 0:
-            buffer = torch.empty(len(parts), n, dtype=kind) if cut else _paged(len(parts), n, kind)
-            rows = list(buffer)
-        if job.seen:
-            job.seen("base", name, at, stored)
-        for row, (piece, whole), expert in zip(rows, theirs, job.experts, strict=True):
-            out = row if n == len(row) else row[:n]
-            if not whole:  # a delta, or None where the expert leaves the tensor alone
-                if isinstance(piece, Factors):
-                    torch.mm(*piece, out=out.view(len(piece.left), -1))
-                else:
-                    out.zero_() if piece is None else out.copy_(piece)
-                continue
-            if job.seen:
-                job.seen(expert, name, at, piece)
-            # copying first, then subtracting in place, is faster than a subtraction of two dtypes
-            torch.sub(piece, base, out=out) if piece.dtype == kind else out.copy_(piece).sub_(base)
-        deltas = buffer if n == buffer.shape[1] else buffer[:, :n]
-        total = deltas.sum().item()
-        if not math.isfinite(total):
-            _check_finite(job, name, deltas)
-        moved = total != 0 or bool(deltas.any())
-        if cut is None:
-            base, deltas = base.reshape(shape), deltas.reshape(len(parts), *shape)
-        yield Cut(at, stored, base, deltas, moved)
-        at += n
-
-
-def _paged(rows: int, n: int, kind: torch.dtype) -> Tensor:
-    """Return a buffer; a large one in pages of 2 MiB, since those of 4 KiB take the system four times as long to clear."""
-    size = rows * n * kind.itemsize
-    if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(rows, n, dtype=kind)
-    place = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
-        place.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(place, dtype=kind).view(rows, n)
-
-
-def _parts(weights: Mapping[str, Tensor], name: str, step: int) -> Iterator[tuple[Any, bool]]:
-    """Yield an expert's tensor in pieces, or where it is known (an adapter's) what it adds to the base's; and which."""
-    if not touches(weights, name):
-        return repeat((None, False))
-    low = factors(weights, name)
-    if low is not None:
-        whole = step >= math.prod(shape_of(weights, name)) and low.left.dtype == low.right.dtype
-        return iter([(low, False)]) if whole else ((piece, False) for piece in low.pieces(step))
-    return ((piece, True) for piece in weights[name].detach().reshape(-1).split(step))
-
-
-def _check_finite(job: Job, name: str, deltas: Tensor) -> None:
-    if torch.isfinite(deltas).all():
-        return
-    if not all_finite(job.base[name]):
-        raise not_finite("the base", name)
-    for who, weights in job.experts.items():
-        if not all_finite(weights[name]):
-            raise not_finite(f"expert '{who}'", name)
-    raise WeightsError(f"tensor '{name}': what an expert adds to the base there is too large for fp32")
-
-
-def all_finite(values: Tensor) -> bool:
-    """Tell whether no entry is NaN or infinite."""
-    return bool(torch.isfinite(values.float() if values.element_size() == 1 else values).all())
-
-
-def not_finite(where: str, name: str) -> WeightsError:
-    """Return the error for a model with such a tensor."""
-    return WeightsError(f"{where} has NaN or inf in tensor '{name}': repair or leave out that checkpoint")
-
-
 def merge_each(
     job: Job,
     surveys: Surveys,
@@ -785,50 +498,9 @@ def merge_each(
             tick(1)
 
 
-def merged_deltas(
-    base: Mapping[str, Tensor],
-    experts: Mapping[str, Mapping[str, Tensor]],
-    sentence: Sentence,
-    names: Sequence[str],
-    *,
-    seed: int = 0,
-    ingredients: Mapping[str, Ingredient] | None = None,
-    where: Where | None = None,
-    progress: Progress = silent,
-) -> dict[str, Float[Tensor, "*shape"]]:
-    """Return the merged delta (fp32) of every tensor that an expert has moved."""
-    floats = [name for name in names if is_float(base, name)]
-    job = Job(base, experts, sentence, floats, seed, ingredients or {}, where or Where())
-    merged: dict[str, Tensor] = {}
-
-    def put(name: str, piece: Piece) -> None:
-        if piece.value is not None:
-            if name not in merged:
-                merged[name] = torch.zeros(shape_of(base, name), dtype=piece.base.dtype)
-            merged[name].reshape(-1)[piece.at : piece.at + piece.base.numel()] = piece.value.reshape(-1)
-
-    merge_each(job, survey(job, progress=progress), put, progress=progress)
-    return {name: merged[name] for name in names if name in merged}
-
-
 def is_float(weights: Mapping[str, Tensor], name: str) -> bool:
     """Tell whether a tensor is floating point, from the header where there is one."""
     return header(weights, name)[0].startswith(("F", "BF"))
-
-
-def applied(base: Tensor, delta: Float[Tensor, "*shape"]) -> Tensor:
-    """Return ``base + delta``, added in fp32 (float64 for a float64 base) and cast to the base's dtype."""
-    return (base.to(delta.dtype) + delta).to(base.dtype)
-
-
-def generator(seed: int, tensor: str, expert: str, nth: int = 0) -> np.random.Generator:
-    """Return a generator seeded from names, so neither the order of work nor the machine changes what is drawn.
-
-    ``nth`` counts the earlier uses of the same step in a sentence, so that a second ``dare`` throws other dice. SFC64 takes
-    half the time of torch's own for a number.
-    """
-    named_seed = hashlib.sha256(f"{seed}|{tensor}|{expert}{f'|{nth}' if nth else ''}".encode()).digest()
-    return np.random.Generator(np.random.SFC64(int.from_bytes(named_seed[:8], "little")))
 
 
 def named(step: Step, tensor: str, *args: Any, **given: Any) -> Any:

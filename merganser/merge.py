@@ -19,8 +19,11 @@ from .card import digest, key_of, write_card
 from .errors import WeightsError
 from .examine import How, Ingredients, examine
 from .fingerprint import Seen
-from .loop import Job, Piece, all_finite, is_float, merge_each, not_finite, survey
+from .job import Job
+from .loop import Piece, is_float, merge_each
 from .progress import Progress, silent
+from .read import all_finite, not_finite
+from .survey import survey
 from .weights.adapter import Adapted
 from .weights.header import View, folder_of, header
 from .weights.hub import name_of

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .adapt import adapt, how_text, slug
 from .card import file_digests, key_of, read_card, read_json, versions, write_json
+from .deltas import applied
 from .diagnose.interference import diagnose
 from .errors import MissingExtra
 from .evaluate.ensemble import HEADS, ensembles
@@ -28,7 +29,6 @@ from .evaluate.run import Scores
 from .evaluate.table import Row, joint, overall_gain, read_rows, table, write_rows
 from .examine import asked_by
 from .learn.supply import ROWS, lacking, supplied
-from .loop import applied
 from .merge import merge
 from .models.statistics import is_statistic
 from .prepare import Prepared, prepare

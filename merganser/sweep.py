@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .deltas import applied, merged_deltas
 from .evaluate.run import Model, Scores, evaluate
 from .evaluate.table import Row
 from .examine import asked_by, open_ingredients
-from .loop import applied, merged_deltas
 from .models.statistics import is_statistic
 from .prepare import Prepared
 from .progress import Progress, silent

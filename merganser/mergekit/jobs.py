@@ -26,7 +26,7 @@ from .views import Origin, Tuned, Zeros, promoted, taken
 from .vocabulary import one_vocabulary
 
 if TYPE_CHECKING:
-    from ..loop import Job
+    from ..job import Job
     from ..sentence import Sentence
 
 BUFFERS = ("rotary_emb.inv_freq", "attn.masked_bias")  # computed anew by every model; older files have them
@@ -338,7 +338,7 @@ def _add(
     names: Mapping[Ref, list[str]],
 ) -> None:  # fmt: skip
     """Add the job of one slice to the plan, and its tensors to the output."""
-    from ..loop import Job
+    from ..job import Job
 
     refs = [source.model for source in laid.slice.sources]
     sources = [(models[ref][0], {new: old[i] for new, old in laid.names.items()}) for i, ref in enumerate(refs)]

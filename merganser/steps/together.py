@@ -109,7 +109,7 @@ class Inside(Student):
 
 def merged_delta(experts: Mapping[str, Weights], base: Weights, merger: str) -> dict[str, Tensor]:
     """Return what a merging sentence adds to the base, in fp32, by the names of tensors that any expert has moved."""
-    from ..loop import merged_deltas
+    from ..deltas import merged_deltas
     from ..sentence import parse
 
     names = [n for n in base if any(n in one and not torch.equal(one[n], base[n]) for one in experts.values())]

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ..adapt import adapt, how_text, slug
 from ..card import write_json
+from ..deltas import applied, merged_deltas
 from ..errors import DataError
 from ..evaluate.language import answered, divergence
 from ..evaluate.run import Outcome, Scores
 from ..evaluate.table import Row, overall_gain, table, write_rows
-from ..loop import applied, merged_deltas
 from ..models.causal import CausalLM, causal_lm
 from ..models.inputs import Prompts
 from ..progress import Progress, silent

@@ -23,7 +23,7 @@ from .sink import Sink, Spec, nbytes, shard_bytes
 from .stored import Stored
 
 if TYPE_CHECKING:
-    from ..loop import Sums
+    from ..survey import Sums
 
 
 def name_of(part: tuple[int, int]) -> str:
@@ -77,7 +77,7 @@ class Share:
     def _sums(self, what: Any, k: int, names: Sequence[str], of: "Callable[[Sequence[str]], Sums]") -> "Sums":
         import torch
 
-        from ..loop import Sums
+        from ..survey import Sums
 
         path = self.folder / f".survey-{key_of([self.key, what])[:16]}-{name_of((k + 1, self.part[1]))}.pt"
         if path.is_file():

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import merganser
-from merganser.loop import Job, merge_each, survey
+from merganser.job import Job
+from merganser.loop import merge_each
 from merganser.sentence import parse
 from merganser.steps.align.core import core, core_factors
 from merganser.steps.align.knots import knots, knots_factors
@@ -20,6 +21,7 @@ from merganser.steps.combine.iso_c import iso_c
 from merganser.steps.combine.task_arithmetic import task_arithmetic
 from merganser.steps.combine.ties import ties
 from merganser.steps.combine.tsv import tsv
+from merganser.survey import survey
 from merganser.weights.adapter import Adapted, Adapter, Factors
 
 fast = settings(max_examples=25, deadline=None)

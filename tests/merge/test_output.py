@@ -105,7 +105,7 @@ def test_threads_do_not_change_a_bit(models, how):
 
 def test_cuts_draw_what_the_whole_draws():
     """A tensor of several cuts gets the dice of one: what a person repeats with one call of the step."""
-    from merganser.loop import generator
+    from merganser.job import generator
     from merganser.steps.edit.dare import dare
 
     base = {"w": torch.zeros(3 * CUT + 17)}
