@@ -1,6 +1,6 @@
 """Weights as slices see them: tensors of one model under the output's names, and a base of zeros where there is none."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,20 +14,13 @@ if TYPE_CHECKING:
 class Taken(View):
     """Some tensors of one model under other names; ``names[new] = name there``."""
 
+    NAMES = "names"
+
     def __init__(self, weights: Weights, names: Mapping[str, str]):
         self.weights, self.names = weights, {new: old for new, old in names.items() if old in weights}
 
     def __getitem__(self, name: str) -> "Tensor":
         return self.weights[self.names[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.names
 
     def header(self, name: str) -> Head:
         """Return dtype name and shape of a tensor without its bytes."""
@@ -90,6 +83,8 @@ class Zeros(Over):
 class Origin(View):
     """What the output is made from: every tensor of every slice, in the dtype that its sources promote to."""
 
+    NAMES = "parts"
+
     def __init__(self, path: Path | None):
         self.path = path
         self.parts: dict[str, tuple[Weights, str]] = {}
@@ -106,15 +101,6 @@ class Origin(View):
         weights, dtype = self.parts[name]
         tensor = weights[name]
         return tensor if header(weights, name)[0] == dtype else tensor.to(getattr(torch, TORCH[dtype]))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.parts)
-
-    def __len__(self) -> int:
-        return len(self.parts)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.parts
 
     def header(self, name: str) -> Head:
         """Return dtype name and shape of a tensor without its bytes."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import WeightsError, did_you_mean
 from .header import Head, View, Weights, header, quantised
+from .named import Named
 from .pickled import Pickled
 from .stored import Stored
 
@@ -84,7 +85,7 @@ class Module:
     bias: str | None = None
 
 
-class Adapter(Mapping[str, "Tensor"]):
+class Adapter(Named):
     """What lies in an adapter's folder: tensors under the file's names, the config, and what they say together.
 
     ``modules`` are the LoRA modules by their path in the network, ``full`` the tensors that replace the base's
@@ -93,6 +94,8 @@ class Adapter(Mapping[str, "Tensor"]):
     Raises WeightsError, naming file and tensor: no LoRA (another PEFT type), settings that cannot be merged, a rank that
     is none or not the tensors', half a pair of factors, tensors of unknown names.
     """
+
+    NAMES = "weights"
 
     def __init__(self, path: Path, weights: Weights | None = None):
         self.path = path if path.is_dir() else path.parent
@@ -152,15 +155,6 @@ class Adapter(Mapping[str, "Tensor"]):
 
     def __getitem__(self, name: str) -> "Tensor":
         return self.weights[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.weights)
-
-    def __len__(self) -> int:
-        return len(self.weights)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.weights
 
     def __repr__(self) -> str:
         return f"Adapter({str(self.path)!r}: {len(self.modules)} modules, {len(self.full)} full tensors)"
@@ -362,6 +356,8 @@ class Bare(View):
     Enough to merge adapters into an adapter. Modules are assumed to lie as Linear has them; the configs' own flag is kept.
     """
 
+    NAMES = "shapes"
+
     made_up = True  # not an input, so it has no fingerprint
 
     def __init__(self, adapters: "Iterable[Adapter]"):
@@ -383,15 +379,6 @@ class Bare(View):
     def identity(self, of: "Callable[[Weights], Any]") -> Any:
         """Return the shapes."""
         return self.shapes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.shapes
 
     def header(self, name: str) -> Head:
         """Return dtype name and shape of a tensor."""

@@ -1,6 +1,6 @@
 """Experts stored as what they add to their base: LoRA adapters, and what ``merge(..., stored="delta")`` wrote."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import WeightsError
@@ -31,6 +31,8 @@ class Sum(View):
     tensors that the base lacks or other shapes: it belongs to another base.
     """
 
+    NAMES = "base"
+
     def __init__(self, base: Weights, delta: Weights):
         self.base, self.weights = base, delta
         self.path = getattr(delta, "path", None)
@@ -49,15 +51,6 @@ class Sum(View):
             return origin
         kind = torch.float64 if origin.dtype == torch.float64 else torch.float32
         return origin.to(kind) + self.weights[name].to(kind)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.base)
-
-    def __len__(self) -> int:
-        return len(self.base)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.base
 
     def header(self, name: str) -> Head:
         """Return dtype name and shape of a tensor without its bytes."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import WeightsError
+from .named import Named
 from .renamed import Renamed
 from .stored import DTYPES, Stored
 
@@ -115,7 +116,7 @@ def folder_of(weights: object) -> Path | None:
     return path.parent if path.is_file() else path
 
 
-class View(Mapping[str, "Tensor"]):
+class View(Named):
     """Weights made of other weights, tensor by tensor, when touched; a view holds nothing itself."""
 
     path: Path | None = None
@@ -144,16 +145,9 @@ class View(Mapping[str, "Tensor"]):
 class Over(View):
     """A view over ``weights`` that has their names, and where nothing else is said their dtypes and shapes."""
 
+    NAMES = "weights"
+
     weights: Weights
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.weights)
-
-    def __len__(self) -> int:
-        return len(self.weights)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.weights
 
     def header(self, name: str) -> Head:
         """Return dtype name and shape of a tensor without its bytes."""
@@ -166,6 +160,8 @@ class Picked(View):
     ``weights`` are those it stands for, if it stands for any: config and tokenizer are theirs.
     """
 
+    NAMES = "parts"
+
     def __init__(self, parts: Mapping[str, tuple[Weights, str]], weights: Weights | None = None):
         self.parts = parts
         self.weights = weights
@@ -174,15 +170,6 @@ class Picked(View):
     def __getitem__(self, name: str) -> "Tensor":
         weights, there = self.parts[name]
         return weights[there]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.parts)
-
-    def __len__(self) -> int:
-        return len(self.parts)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.parts
 
     def header(self, name: str) -> Head:
         """Return dtype name and shape of a tensor without its bytes."""
@@ -210,6 +197,8 @@ class Picked(View):
 class Headers(View):
     """Weights of which only the headers were read, as on the Hub before a download; a tensor cannot be touched."""
 
+    NAMES = "entries"
+
     def __init__(self, entries: Mapping[str, Head], source: str, path: Path | None = None):
         self.entries = entries
         self.source = source
@@ -219,15 +208,6 @@ class Headers(View):
         if name not in self.entries:
             raise KeyError(name)
         raise WeightsError(f"{self.source}: only its headers were read, so tensor '{name}' is not here; download it")
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.entries
 
     def header(self, name: str) -> Head:
         """Return dtype name and shape of a tensor."""

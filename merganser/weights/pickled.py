@@ -7,11 +7,12 @@ and refuses everything else, before anything is called (https://pytorch.org/docs
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import WeightsError
+from .named import Named
 from .stored import PICKLES, Stored, parts_of
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ WRAPPERS = ("state_dict", "model", "module")
 LEFTOVERS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states)[\w-]*\.\w+")
 
 
-class Pickled(Mapping[str, "Tensor"]):
+class Pickled(Named):
     """A checkpoint of torch.save: a file, or a folder with one (sharded or not); tensors are mapped, read on touch.
 
     A state dict that lies under "state_dict", "model" or "module" is taken out of it. Numbers and strings beside
@@ -34,6 +35,8 @@ class Pickled(Mapping[str, "Tensor"]):
 
     Raises WeightsError if a file is damaged, holds no tensors by name, or wants anything else than tensors.
     """
+
+    NAMES = "tensors"
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -53,15 +56,6 @@ class Pickled(Mapping[str, "Tensor"]):
 
     def __getitem__(self, name: str) -> "Tensor":
         return self.tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.tensors
 
     def __repr__(self) -> str:
         return f"Pickled({str(self.path)!r}: {len(self)} tensors)"

@@ -37,6 +37,8 @@ class Dequantised(View):
     Raises WeightsError: a format that is not read, a part of a packed tensor that is missing or of another size.
     """
 
+    NAMES = "names"
+
     def __init__(self, weights: Weights, dtype: str | None = None, shapes: Mapping[str, tuple[int, ...]] | None = None):
         self.weights, self.path = weights, folder_of(weights)
         config = read_config(self.path)
@@ -92,15 +94,6 @@ class Dequantised(View):
     def identity(self, of: "Callable[[Weights], Any]") -> Any:
         """Return what is dequantised, and as what."""
         return [of(self.weights), self.dtype]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.names
 
     def header(self, name: str) -> Head:
         """Return dtype name and shape of the plain tensor."""

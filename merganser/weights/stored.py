@@ -11,13 +11,14 @@ import os
 import re
 import struct
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from math import prod
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ..errors import WeightsError
+from .named import Named
 from .settle import INDEX, SHARD, SINGLE, settle
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Entry(NamedTuple):
     stop: int
 
 
-class Stored(Mapping[str, "Tensor"]):
+class Stored(Named):
     """A checkpoint on disk: a folder of safetensors (sharded or not) or one `.safetensors` file; read on touch.
 
     A sentence-transformers folder is presented whole: the tensors of a module in a sub-folder are called
@@ -67,6 +68,8 @@ class Stored(Mapping[str, "Tensor"]):
 
     Raises WeightsError, naming the file, at anything that is missing, cut short, corrupt or contradicts itself.
     """
+
+    NAMES = "entries"
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -153,15 +156,6 @@ class Stored(Mapping[str, "Tensor"]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Stored, (self.path,)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.entries
 
     def __repr__(self) -> str:
         return f"Stored({str(self.path)!r}: {len(self)} tensors, {self.nbytes / 1e6:.1f} MB)"
