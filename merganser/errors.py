@@ -65,9 +65,14 @@ ELSEWHERE = {
 }  # fmt: skip
 
 
+def meant(name: str) -> str:
+    """Return `` (here: ...)``, what others call ``name``; an empty string where nobody does."""
+    here = ELSEWHERE.get(name.lower().replace("-", "_"))
+    return f" (here: {here})" if here else ""
+
+
 def unknown_step(name: str, known: Iterable[str]) -> SentenceError:
     """Return the error for a step that there is not, with what it is here where others have a word of its own for it."""
     every = sorted(known)
-    here = ELSEWHERE.get(name.replace("-", "_"))
-    hint = f" (here: {here})" if here else did_you_mean(name, every)
+    hint = meant(name) or did_you_mean(name.lower(), every)
     return SentenceError(f"unknown step '{name}'{hint}; known: {', '.join(every)}")

@@ -4,6 +4,7 @@ Everything that is wrong is gathered, not only the first of it. `merge` raises i
 what can be foreseen beyond that.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor
 
 from .as_adapter import Plan
-from .card import read_json
 from .errors import MerganserError, SentenceError, WeightsError, did_you_mean
 from .findings import Findings
 from .job import Ingredient, Job
@@ -30,6 +30,7 @@ from .weights.parts import check_part
 from .weights.quantised import Dequantised, say
 from .weights.save import refuse_overwriting
 from .weights.sink import shard_bytes
+from .weights.tokenizer import read_config
 from .where import Patterns, Where, fitting
 
 How = str | Sentence | Iterable[Callable[..., Any] | str]
@@ -102,6 +103,9 @@ def examine(
         origin = sources.pop("")
         with found.gather("base"):
             sources = {"": _plain(found, origin, list(sources.values()), stored, dtype), **sources}
+    for who, source in sources.items():
+        with found.gather(f"expert '{who}'" if who else "base"):
+            read_config(folder_of(source))
     if part is not None:
         with found.gather("--part"):
             check_part(part)
@@ -210,6 +214,7 @@ def _own(found: Findings, own: Sequence[str], sources: Mapping[str, Weights]) ->
 def _same_names(extra: Mapping[str, Ingredient], names: Sequence[str], base: Weights, sentence: Sentence) -> None:
     """Raise SentenceError where extra tensors are none of the merged ones', or have shapes that cannot be."""
     entrywise = {word for step in sentence.steps for word in step.entrywise}
+    inward = {word for step in sentence.steps for word in step.inward}
     for word, ingredient in extra.items():
         sets = [ingredient.shared] if ingredient.shared is not None else list(ingredient.each.values())
         known = [name for name in names if all(name in one for one in sets)]
@@ -226,6 +231,12 @@ def _same_names(extra: Mapping[str, Ingredient], names: Sequence[str], base: Wei
                 raise SentenceError(
                     f"ingredient '{word}': '{name}' is {[*shapes.pop()]}, the tensor is {[*shape_of(base, name)]}; it "
                     f"needs an entry for each of the tensor's, so it is of another model"
+                )
+            wide, entering = shapes.pop(), tuple(shape_of(base, name))[1:]
+            if word in inward and len(entering) in (1, 3) and wide[-1:] != (math.prod(entering),):
+                raise SentenceError(
+                    f"ingredient '{word}': '{name}' is {[*wide]}, what enters the layer is {math.prod(entering)} wide; it is "
+                    f"of another model"
                 )
 
 
@@ -286,7 +297,7 @@ def base_names(base: Source | None, weights: Weights) -> set[str]:
     folder = folder_of(weights) or (folder_of(base) if isinstance(base, str | Path) else None)
     if folder is None:
         return set()
-    told = (read_json(folder / "config.json") or {}).get("_name_or_path") or ""
+    told = read_config(folder).get("_name_or_path") or ""
     known = (base if isinstance(base, str | Path) else folder, folder.resolve(), hub_name(folder) or "", told)
     return {Path(str(name).partition("@")[0]).name.lower() for name in known if str(name)}
 

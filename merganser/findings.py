@@ -77,6 +77,8 @@ class Findings:
         if self.raised:
             kind = next((kind for kind in KINDS if isinstance(self.raised[0], kind)), MerganserError)
             lines = list(dict.fromkeys(map(str, self.raised)))
+            if len(lines) == 1:
+                raise self.raised[0]
             raise kind(f"{len(lines)} things are wrong:\n  " + "\n  ".join(lines), lines)
 
     def as_json(self) -> dict[str, Any]:

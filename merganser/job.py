@@ -49,8 +49,9 @@ class Job:
         """Return the steps for one tensor with the knobs they have there."""
         if is_statistic(name):
             return (Step("average", *find("average")),)
-        experts = tuple(self.experts)
-        return tuple(step.for_experts(experts) for step in self.where.resolve(self.sentence, name).steps)
+        experts, steps = tuple(self.experts), self.where.resolve(self.sentence, name).steps
+        at = next(k for k, step in enumerate(steps) if step.kind == "combine")
+        return tuple(step.for_experts(experts if k <= at else ()) for k, step in enumerate(steps))
 
     def touched(self, name: str) -> bool:
         """Tell whether an expert may have moved a tensor; adapters know what they leave alone."""

@@ -15,6 +15,7 @@ they would be no statistics (a variance can turn negative). Deltas are fp32, tho
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -73,9 +74,10 @@ def look_at(
         deltas = deltas[None] if merged else deltas
         moved = moved or touched
         given: dict[str, Any] = {"base": piece.base, "name": name, "numel": numel}
-        given |= _cut(extra, piece, shape, len(deltas))
+        given |= _cut(steps[i], extra, piece, shape, len(deltas))
         given["kept"] = Kept(pad, piece.at, numel) if pad is not None else None
-        seen = look(deltas, learned, **{k: v for k, v in given.items() if k in wanted})
+        with told_of(steps[i], name):
+            seen = look(deltas, learned, **{k: v for k, v in given.items() if k in wanted})
         total = seen if total is None else total + seen
     if not moved:
         return None
@@ -249,7 +251,8 @@ def _tensor_surveys(
         if _looks_here(i, step, surveys):
             learned: list[Any] = []
             for look in step.looks:
-                seen = known_before(look, learned)
+                with told_of(step, name):
+                    seen = known_before(look, learned)
                 if seen is None:
                     seen = look_at(job, name, i, look, learned, local, pad, cuts)
                 if seen is None:
@@ -370,7 +373,7 @@ class _Run:
                 continue
             given |= {"survey": self.surveys[k], "rng": self.rngs.get((k, "merged"))}
             given["kept"] = Kept(self.pads[k], at, self.numel)
-            given |= _cut(self.extra[k], Piece(at, base, base, None), self.shape, len(self.experts))
+            given |= _cut(step, self.extra[k], Piece(at, base, base, None), self.shape, len(self.experts))
             if step.kind == "align":
                 value, restore = named(step, self.name, value, **given)
                 restores.append(restore)
@@ -392,7 +395,7 @@ class _Run:
         rows = value[None] if merged else value
         whos = ("merged",) if merged else self.experts
         for r, (row, who) in enumerate(zip(rows, whos, strict=True)):
-            extra = _cut(self.extra[k], Piece(at, row, row, None), self.shape, len(whos))
+            extra = _cut(step, self.extra[k], Piece(at, row, row, None), self.shape, len(whos))
             own = {n: t[r] if t is not None and t.ndim > row.ndim else t for n, t in extra.items()}
             given |= {"survey": self.rows[k][r], "rng": self.rngs.get((k, who)), **step.for_one(r)}
             edited = named(step, self.name, row, **given, **own)
@@ -446,7 +449,7 @@ def _ingredients(job: Job, name: str, step: Step) -> dict[str, Tensor | None]:
 
 
 def _cut(
-    extra: Mapping[str, Tensor | None], piece: Piece, shape: tuple[int, ...], experts: int
+    step: Step, extra: Mapping[str, Tensor | None], piece: Piece, shape: tuple[int, ...], experts: int
 ) -> dict[str, Tensor | None]:
     """Return the entries of the ingredients that lie under a piece, for ingredients of the tensor's own shape.
 
@@ -457,14 +460,16 @@ def _cut(
         return {}
     cut = slice(piece.at, piece.at + piece.base.numel())
 
-    def under(tensor: Tensor | None) -> Tensor | None:
+    def under(name: str, tensor: Tensor | None) -> Tensor | None:
         if tensor is not None and tensor.shape == shape:
             return tensor.reshape(-1)[cut].reshape(piece.base.shape)
         if tensor is not None and tensor.shape == (experts, *shape):
-            return tensor.flatten(1)[:, cut].reshape(experts, *piece.base.shape) if shape else tensor
+            if not shape and name not in step.entrywise:
+                return tensor  # a number an expert, not an entry of each of their tensors
+            return tensor.reshape(experts, -1)[:, cut].reshape(experts, *piece.base.shape)
         return tensor
 
-    return {name: under(tensor) for name, tensor in extra.items()}
+    return {name: under(name, tensor) for name, tensor in extra.items()}
 
 
 def merge_each(
@@ -505,8 +510,17 @@ def is_float(weights: Mapping[str, Tensor], name: str) -> bool:
 
 def named(step: Step, tensor: str, *args: Any, **given: Any) -> Any:
     """Call a step; its own terse error gets sentence word and tensor added, once."""
-    try:
+    with told_of(step, tensor):
         return step.call(*args, **given)
-    except (ValueError, TypeError) as error:
+
+
+@contextmanager
+def told_of(step: Step, tensor: str) -> Iterator[None]:
+    """Say with an error of a step, of its looks too, which step and tensor it was."""
+    try:
+        yield
+    except (ValueError, TypeError, torch.linalg.LinAlgError) as error:
+        if not tensor and isinstance(error, RuntimeError):
+            raise  # of a trial, which says so
         where = f" (tensor '{tensor}')" if tensor else ""
         raise SentenceError(f"{step}: {error}{where}") from None

@@ -39,6 +39,7 @@ from .weights.tokenizer import write_dtype
 from .where import Patterns
 
 TORCH = {name: dtype for dtype, name in DTYPES.items()}
+WIDE = ("F64", "F32")  # bf16 reaches nearly as far as fp32, not quite
 NARROW = (torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)  # a sum of finite numbers may not fit
 
 
@@ -167,7 +168,7 @@ class Output:
 
     def _fits(self, name: str, out: Tensor) -> Tensor:
         """Return what is stored. Raises WeightsError if a finite number became infinite in its dtype."""
-        if not out.is_floating_point() or (out.dtype not in NARROW and self.wide.get(name) != "F64"):
+        if not out.is_floating_point() or (out.dtype not in NARROW and self.wide.get(name) not in WIDE):
             return out
         if not all_finite(out):
             raise WeightsError(

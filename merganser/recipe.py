@@ -31,6 +31,7 @@ fisher = "fisher"
 import json
 import tomllib
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -133,7 +134,8 @@ def read_recipe(path: str | Path) -> Recipe:
     try:
         return made_absolute(Recipe.model_validate(told), path.resolve().parent)
     except ValidationError as error:
-        raise RecipeError(f"{path}: {_first(error, told)}") from None
+        faults = _faults(error)
+        raise RecipeError(f"{path}: {'; '.join(faults)}", [f"{path}: {one}" for one in faults]) from None
 
 
 def made_relative(recipe: Recipe, folder: Path) -> Recipe:
@@ -174,16 +176,34 @@ def _with_paths(recipe: Recipe, change: Callable[[Path], Path]) -> Recipe:
     )
 
 
-def _first(error: ValidationError, told: dict[str, Any]) -> str:
-    # a misspelt key shows up as an unknown one and a missing one: the unknown one says more
-    problem = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+def _faults(error: ValidationError) -> list[str]:
+    """Return all that is wrong with a recipe; unknown keys first, since a misspelt one is also missing."""
+    problems = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    guessed = {guess for problem in problems if (guess := _meant(problem)) is not None}
+    return [_fault(one) for one in problems if one["type"] != "missing" or one["loc"] not in guessed]
+
+
+def _meant(problem: Any) -> tuple[Any, ...] | None:
+    """Return the key that an unknown one seems to be a slip of."""
+    if problem["type"] != "extra_forbidden":
+        return None
+    *parents, last = problem["loc"]
+    close = get_close_matches(str(last), _known(parents), n=1, cutoff=0.5)
+    return (*parents, close[0]) if close else None
+
+
+def _known(parents: Sequence[Any]) -> list[str]:
+    part: Any = Recipe
+    for parent in parents:
+        part = part.model_fields[parent].annotation if hasattr(part, "model_fields") else part
+    return list(getattr(part, "model_fields", Recipe.model_fields))
+
+
+def _fault(problem: Any) -> str:
     where = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
         *parents, last = problem["loc"]
-        part: Any = Recipe
-        for parent in parents:
-            part = part.model_fields[parent].annotation if hasattr(part, "model_fields") else part
-        known = getattr(part, "model_fields", Recipe.model_fields)
+        known = _known(parents)
         return f"unknown key '{where}'{did_you_mean(str(last), known)}; known: {', '.join(known)}"
     if problem["type"] == "missing":
         return f"lacks '{where}'"

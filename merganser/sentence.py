@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from . import late
-from .errors import SentenceError, did_you_mean, unknown_step
+from .errors import SentenceError, did_you_mean, meant, unknown_step
 
 KINDS = ("adapt", "edit", "align", "combine")
 GIVEN = {"rng", "survey", "name", "base", "numel", "experts", "kept"}
@@ -60,6 +60,12 @@ class Step:
                 raise SentenceError(
                     f"{self}: {knob}: a gradient over layers is told for a pattern of tensors: "
                     f"where = {{'*': {{'{self.name}': {{'{knob}': {value!r}}}}}}}"
+                )
+            number = type(knobs_of(self.function).get(knob)) in (int, float)
+            if not experts and (isinstance(value, Mapping) or (number and isinstance(value, list | tuple))):
+                raise SentenceError(
+                    f"{self}: {knob}: one value an expert, but behind the combining step there is one merged model: "
+                    f"give one value"
                 )
             if isinstance(value, Mapping):
                 for name in [*value, *experts]:
@@ -116,6 +122,12 @@ class Step:
         """Those ingredients that belong to a matrix's inputs or outputs: their annotation has named dimensions."""
         told = inspect.signature(self.function).parameters
         return [name for name in self.ingredients if _dims(told[name].annotation).strip()]
+
+    @cached_property
+    def inward(self) -> list[str]:
+        """Those ingredients whose last dimension is what enters the layer: their annotation ends with ``in`` or ``inner``."""
+        told = inspect.signature(self.function).parameters
+        return [name for name in self.ingredients if _dims(told[name].annotation).split()[-1:] in (["in"], ["inner"])]
 
     @property
     def on_weights(self) -> bool:
@@ -303,7 +315,9 @@ def step_of(node: ast.expr, text: str) -> Step:
     call = node if isinstance(node, ast.Call) else None
     word = call.func if call else node
     if not isinstance(word, ast.Name):
-        raise SentenceError(f"'{ast.unparse(node)}' in '{text}' is not a step: write name or name(knob=value)")
+        raise SentenceError(
+            f"'{ast.unparse(node)}' in '{text}' is not a step: write name or name(knob=value){_dashed(node)}"
+        )
     kind, function = find(word.id)
     knobs: dict[str, Any] = {}
     if call and call.args:
@@ -320,7 +334,32 @@ def step_of(node: ast.expr, text: str) -> Step:
     wrong = [f"'{word.id}' has no knob '{knob}'{did_you_mean(knob, allowed)}" for knob in knobs if knob not in allowed]
     if wrong:
         raise SentenceError(f"{', '.join(wrong)}; {its}", [f"{one}; {its}" for one in wrong])
+    check_truth(word.id, function, knobs)
     return Step(word.id, kind, function, knobs)
+
+
+def _dashed(node: ast.expr) -> str:
+    """Return what is meant by a name with dashes, which Python reads as a difference of names."""
+    name = ast.unparse(node).partition("(")[0].replace(" - ", "_")
+    if not name.isidentifier() or "-" not in ast.unparse(node):
+        return ""
+    return f"; there is {name}" if name in known_steps() else meant(name) or did_you_mean(name, known_steps())
+
+
+def check_truth(word: str, function: Callable[..., Any], knobs: Mapping[str, Any]) -> None:
+    """Raise SentenceError where a knob that is true or false is something else, or a number is true or false.
+
+    Python would take any of them: ``plus='no'`` as true, ``steps=True`` as 1.
+    """
+    told = inspect.signature(function).parameters
+    for knob, value in knobs.items():
+        inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]
+        values = [one for one in inner if not isinstance(one, list | tuple | Mapping)]
+        if told[knob].annotation is bool and not all(isinstance(one, bool) for one in values):
+            raise SentenceError(f"{word}: {knob} must be True or False, got {value!r}")
+        number = type(told[knob].default) in (int, float)
+        if number and any(isinstance(one, bool) for one in values):
+            raise SentenceError(f"{word}: {knob} must be a number, got {value!r}")
 
 
 def _from_function(function: Callable[..., Any]) -> Step:

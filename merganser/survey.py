@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .errors import SentenceError
 from .job import Job, generator, rngs
-from .loop import CUT, Surveys, look_at, whole
+from .loop import CUT, Surveys, look_at, told_of, whole
 from .models.statistics import is_statistic
 from .parallel import in_order, one_thread_each
 from .progress import Progress, silent
@@ -38,14 +38,15 @@ def survey(job: Job, *, share: Any = None, progress: Progress = silent) -> Surve
                 rng = {"rng": generator(job.seed, told, "all")} if "rng" in takes(prepare) else {}
                 try:
                     surveys[i, told] = prepare(lambda n, i=i: whole(job, n, i, surveys), names, **step.knobs, **rng)
-                except ValueError as error:
+                except (ValueError, TypeError) as error:
                     raise SentenceError(f"{step}: {error}") from None
             elif step.looks and step.scope == "model":
                 learned: list[Any] = []
                 for p, look in enumerate(step.looks):
-                    known = known_before(look, learned)
-                    if known is None and p == 0:
-                        known = _of_left(job, names, i, look, share, told, progress)
+                    with told_of(step, ""):
+                        known = known_before(look, learned)
+                        if known is None and p == 0:
+                            known = _of_left(job, names, i, look, share, told, progress)
                     if known is not None:
                         learned.append(known)
                         continue

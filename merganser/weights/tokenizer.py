@@ -204,7 +204,9 @@ def read_config(folder: Path | None, name: str = "config.json") -> dict[str, Any
         told = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise WeightsError(f"{path}: not JSON ({error})") from None
-    return told if isinstance(told, dict) else {}
+    if not isinstance(told, dict):
+        raise WeightsError(f"{path}: not a JSON object, but {type(told).__name__}")
+    return told
 
 
 def _write(path: Path, told: Any) -> None:
