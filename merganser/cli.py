@@ -339,7 +339,13 @@ def pairs(told: list[str] | None, option: str) -> dict[str, str]:
     """Read ``NAME=VALUE`` options."""
     if wrong := [text for text in told or () if "=" not in text]:
         raise typer.BadParameter(f"{option} is NAME=FOLDER, got '{wrong[0]}'")
-    return dict(text.split("=", 1) for text in told or ())
+    given = [text.split("=", 1) for text in told or ()]
+    if empty := [name for name, folder in given if not name or not folder]:
+        raise typer.BadParameter(f"{option} is NAME=FOLDER, one of them is empty ('{empty[0]}')")
+    names = [name for name, _ in given]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise typer.BadParameter(f"{option} {twice[0]} is given twice; give it once")
+    return dict(given)
 
 
 def stored_as(delta: bool, as_adapter: bool) -> str:

@@ -148,6 +148,11 @@ def examine(
         _same_names(extra, names, known, sentence)
     if names:
         _try_where(found, sentence, varied, names, tuple(wanted))
+    if found.ok and matched is not None and not names:
+        found.warn(
+            "no tensor is merged: all are left out by --own, or are no floating point" if known else "the base has no tensor",
+            "models", "the result is the base itself; look at --own (own=)",
+        )  # fmt: skip
     if found.ok and not varied.patterns and wanted and gives_nothing(sentence, tuple(wanted)):
         found.warn(
             f"'{sentence}' takes nothing from {len(wanted)} expert{'s' * (len(wanted) > 1)}", "sentence",

@@ -38,6 +38,8 @@ def open_weights(source: Source) -> Weights:
         if isinstance(source, dict) and (odd := [n for n, value in source.items() if not hasattr(value, "dtype")]):
             raise WeightsError(f"'{odd[0]}' is no tensor but {source[odd[0]]!r}; weights map names to tensors")
         return source
+    if not str(source):
+        raise WeightsError("a model's name is empty; give a folder, a file or a name on the Hub")
     if hub.is_name(source):
         source = hub.download(str(source))
     path = Path(source)
@@ -65,6 +67,8 @@ def named(experts: Mapping[str, Source] | Sequence[Source]) -> dict[str, Source]
     if isinstance(experts, Mapping):
         if "base" in experts:
             raise WeightsError("an expert cannot be called 'base': cards and errors call the base so; rename it")
+        if "" in experts:
+            raise WeightsError("an expert has an empty name; give it one")
         return dict(experts)
     names = [_name(e) if isinstance(e, str | Path) else f"expert{k}" for k, e in enumerate(experts)]
     names = ["base-model" if name == "base" else name for name in names]

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import merganser
+from merganser.cli import app
 from merganser.errors import MerganserError, RecipeError, SentenceError, WeightsError
 from merganser.recipe import read_recipe
 
@@ -25,7 +27,7 @@ WRONG = {
     "trim(density=[0.2, 0.3, 0.4]) | average": "one number per expert",
     "breadcrumbs(density=[0.2, 0.3, 0.4]) | average": "one number per expert",
     "breadcrumbs(gamma=[]) | average": "one number per expert",
-    "average | trim(density=[0.2, 0.3])": "one merged model",
+    "average | trim(density=[0.2, 0.3])": "density must lie in (0, 1]",
     "average | trim(density={'a': 0.2, 'b': 0.3})": "one merged model",
     "average | scale(by={'a': 5, 'b': 2})": "one merged model",
     "average | dare(keep={'a': 0.2, 'b': 0.3})": "one merged model",
@@ -151,3 +153,31 @@ def test_one_fault_of_several_experts_is_one_error(models) -> None:
     with pytest.raises(WeightsError) as error:
         merganser.merge(base, {"a": part, "b": part}, "average")
     assert "things are wrong" not in str(error.value)
+
+
+def test_what_is_empty_is_not_the_current_folder(models, tmp_path, monkeypatch) -> None:
+    base, experts = models
+    merganser.save(base, tmp_path)
+    merganser.save(experts["a"], tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    for given in (("", [tmp_path / "a"]), (tmp_path, [""]), (tmp_path, {"x": ""})):
+        with pytest.raises(WeightsError, match="name is empty"):
+            merganser.merge(*given, "average")
+        assert not merganser.check(*given, "average").ok
+    with pytest.raises(WeightsError, match="an expert has an empty name"):
+        merganser.merge(base, {"": experts["a"]}, "average")
+    for more, said in ((["fisher="], "one of them is empty"), (["fisher=a", "fisher=b"], "is given twice")):
+        options = [part for one in more for part in ("--ingredient", one)]
+        done = CliRunner().invoke(app, ["merge", str(tmp_path), "a", "--how", "fisher", *options, "--to", "out"])
+        assert done.exit_code == 2
+        assert said in " ".join(done.output.split())
+
+
+def test_a_merge_of_nothing_is_told(models) -> None:
+    base, experts = models
+    found = merganser.check(base, experts, "average", own=["*"])
+    assert found.ok
+    assert any("no tensor is merged" in one.what for one in found.warnings)
+    with pytest.warns(UserWarning, match="no tensor is merged"):
+        merged = merganser.merge(base, experts, "average", own=["*"])
+    assert all(torch.equal(merged[n], base[n]) for n in base)

@@ -2,7 +2,7 @@
 
 A model is the row of all layers' coordinates, layers in sorted order; a merger sees that row, as published.
 Left out, with the reason:
-  ties_K30_sumofsigns, prim_ties_masking_sum_of_signs   election by counting signs is no rule of `ties`
+  ties_K30_sumofsigns       as many signs + as - count as -, so what comes out depends on the signs of the SVD's vectors
   sq_ties_K30_rowstack      row-stacked deltas, which the published code can do for square layers only
   prim_masked_merge_max     the published maximum loses the signs
 The joint benchmark (joint_eval*) is in test_joint_eval.py.
@@ -22,13 +22,15 @@ KNOTS += ["knots/dup_task_ties_K50", "knots/ta_sum", "knots/ta_mean"]
 DARE = ["knots/knots_dare_ties", "knots/knots_dare_ties_p5"]
 PLAIN = [f"knots/{name}" for name in ("plain_ties_K20", "plain_ties_K30", "plain_ties_K100", "plain_dare_ties")]
 PLAIN += ["knots/plain_ta_sum", "knots/plain_ta_mean"]
-PRIMITIVES = [f"knots/prim_{name}" for name in ("ties_masking_sum_of_values", "masked_merge_mean", "masked_merge_sum")]
+PRIMITIVES = [
+    f"knots/prim_{name}"
+    for name in ("ties_masking_sum_of_values", "ties_masking_sum_of_signs", "masked_merge_mean", "masked_merge_sum")
+]
 JOINT = {"knots/joint_eval", "knots/joint_eval_ensemble"}
 LEFT_OUT = {
     f"knots/{name}"
     for name in (
         "ties_K30_sumofsigns",
-        "prim_ties_masking_sum_of_signs",
         "sq_ties_K30_rowstack",
         "prim_masked_merge_max",
     )
@@ -49,11 +51,17 @@ def layers(case: str) -> dict[str, tuple[Tensor, Tensor]]:
     return found
 
 
+def elected(params: dict) -> str:
+    return {"sum_of_values": "mass", "sum_of_signs": "count"}[params["sign_resolve_mode"]]
+
+
 def merged_rows(case: str, rows: Tensor) -> Tensor:
     """Merge ``[experts, entries]`` as the case says."""
     params = CASES[case]["params"]
     if params["merge_method"] == "ties":
-        merged = ties(rows, density=params["topK"] / 100, merge=params["merging_type"], rule="reference")
+        merged = ties(
+            rows, density=params["topK"] / 100, merge=params["merging_type"], rule="reference", elect=elected(params)
+        )
     elif params["merging_type"] == "sum":
         merged = rows.sum(0)
     elif params["representation"] == "vector":
@@ -102,7 +110,7 @@ def test_what_ties_does_with_a_row(case: str) -> None:
     inputs, outputs = tensors("knots", case)
     params = CASES[case]["params"]
     if "mask" in outputs:
-        kept = ties(inputs["v"], density=params["topK"] / 100, merge="sum", rule="reference")
+        kept = ties(inputs["v"], density=params["topK"] / 100, merge="sum", rule="reference", elect=elected(params))
         torch.testing.assert_close(kept, (inputs["v"] * outputs["mask"]).sum(0))
         return
     agreeing = inputs["v"] * inputs["mask"]

@@ -1,8 +1,7 @@
 """TIES, task arithmetic and DARE against the numbers of the published code.
 
 Not offered, hence not compared (the last test keeps this list complete):
-  ties/rand_noelect, _normfrac, _normmass   other sign rules, in the code but not in the paper's method
-  dare/mergelm_magnitude_*                  DARE without the dice: magnitude pruning is the step `trim`
+  ties/rand_normfrac, _normmass             other sign rules, in the code but not in the paper's method
   dare/mergelm_random_p1                    keeps nothing; our `keep` lies in (0, 1], so it is refused
 """
 
@@ -14,10 +13,12 @@ import pytest
 import torch
 from cases import described, tensors
 
+from merganser.steps.combine.ram import ram
 from merganser.steps.combine.task_arithmetic import task_arithmetic
 from merganser.steps.combine.ties import passes, ties
 from merganser.steps.edit import dare as room_of_dare
 from merganser.steps.edit.dare import dare
+from merganser.steps.edit.trim import trim
 
 CASES = described("ties_dare")
 FLAT = [
@@ -25,7 +26,9 @@ FLAT = [
 ]
 WHOLE = [n for n in CASES if n.startswith("ties/sd_")]
 DICE = [n for n in CASES if n.startswith("dare/") and "magnitude" not in n and not n.endswith("_p1")]
-NOT_OFFERED = ["ties/rand_noelect", "ties/rand_norm", "dare/mergelm_magnitude", "dare/mergelm_random_p1"]
+MAGNITUDE = [n for n in CASES if n.startswith("dare/mergelm_magnitude")]
+UNELECTED = "ties/rand_noelect_K20_dis-mean"
+NOT_OFFERED = ["ties/rand_norm", "dare/mergelm_random_p1"]
 
 
 def knobs(case: str) -> dict:
@@ -71,6 +74,23 @@ def test_ties_of_a_whole_model_streamed(case: str) -> None:
         torch.testing.assert_close(merged, outputs[f"merged.{name}"], rtol=1e-6, atol=1e-7)
 
 
+def test_without_an_election_it_is_the_mean_of_what_was_kept() -> None:
+    """Which is what `ram` does with trimmed deltas."""
+    inputs, outputs = tensors("ties_dare", UNELECTED)
+    kept = torch.stack([ties(delta[None], **{**knobs(UNELECTED), "merge": "sum"}) for delta in inputs["tv"]])
+    assert torch.equal(kept != 0, outputs["trim_mask"].bool() & (inputs["tv"] != 0))
+    torch.testing.assert_close(ram(kept, epsilon=0.0), outputs["merged_tv"], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("case", MAGNITUDE)
+def test_dare_by_magnitude_is_a_trim(case: str) -> None:
+    """The published code drops int(n p) entries and all equal ones; `trim` keeps int(n (1 - p))."""
+    inputs, outputs = tensors("ties_dare", case)
+    drop, n = CASES[case]["params"]["mask_rate"], inputs["delta"].numel()
+    kept = trim(inputs["delta"], density=(n - int(n * drop)) / n, scope="tensor") / (1 - drop)
+    torch.testing.assert_close(kept, outputs["delta"], rtol=1e-6, atol=1e-7)
+
+
 def test_task_arithmetic() -> None:
     inputs, outputs = tensors("ties_dare", "ties/rand_task_arithmetic_sum")
     torch.testing.assert_close(task_arithmetic(inputs["tv"]), outputs["merged_tv"], rtol=1e-6, atol=1e-7)
@@ -94,6 +114,6 @@ def test_dare_with_the_dice_of_the_reference(case: str, monkeypatch: pytest.Monk
 
 
 def test_every_case_is_compared_or_named_above() -> None:
-    compared = {*FLAT, *WHOLE, *DICE, "ties/rand_task_arithmetic_sum"}
+    compared = {*FLAT, *WHOLE, *DICE, *MAGNITUDE, UNELECTED, "ties/rand_task_arithmetic_sum"}
     left = [n for n in CASES if n not in compared and not any(n.startswith(x) for x in NOT_OFFERED)]
     assert not left

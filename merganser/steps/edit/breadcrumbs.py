@@ -40,6 +40,7 @@ def breadcrumbs(
     Raises ValueError for a density outside (0, 1], a gamma outside [0, 1) or an unknown word.
     Source: Davari and Belilovsky, Model Breadcrumbs (arXiv 2312.06795).
     """
+    check_density(density)
     looks = passes(density=density, gamma=gamma, scope=scope, rescale=rescale)
     if density == 1:
         return delta.clone()

@@ -37,6 +37,7 @@ def trim(
     Raises ValueError for a density outside (0, 1] or an unknown word.
     Source: Yadav et al., TIES-Merging (arXiv 2306.01708); rescale: mergekit (arXiv 2403.13257).
     """
+    check_density(density)
     looks = passes(density=density, scope=scope, equal=equal, rescale=rescale)
     if density == 1:
         return delta.clone()
