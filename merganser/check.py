@@ -95,7 +95,7 @@ def check(
         found.note(
             f"{weights.source} is on the Hub: {size / 1e9:.2f} GB", titled(who), "downloaded unless it is cached"
         )
-    if into is not None:
+    if isinstance(into, str | Path):  # of anything else it is told
         check_folder(found, Path(into), found.numbers.get("bytes_written"))
     return found
 

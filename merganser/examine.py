@@ -80,6 +80,7 @@ def examine(
     sources: dict[str, Weights] = {}
     with found.gather("arguments"):
         _check_kinds(experts, how, seed, into)
+        _check_more(own, where, ingredients, vocabulary, part)
     if not found.ok:
         return Examined(found, sources, None, None)
     own = [own] if isinstance(own, str) else own
@@ -176,8 +177,28 @@ def _check_kinds(experts: Any, how: Any, seed: Any, into: Any) -> None:
         raise SentenceError(f"the sentence is text, such as 'ties | scale(by=0.8)', got {how!r}")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise SentenceError(f"seed must be a whole number, got {seed!r}")
+    if into is not None and not isinstance(into, str | Path):
+        raise SentenceError(f"into is the folder for the result, got {into!r}")
     if into is not None and not str(into):
         raise SentenceError("no folder is given for the result; name one")
+
+
+def _check_more(own: Any, where: Any, ingredients: Any, vocabulary: Any, part: Any) -> None:
+    """The same for arguments that may be left out."""
+    if not isinstance(own, str) and not (isinstance(own, Iterable) and all(isinstance(one, str) for one in own)):
+        raise SentenceError(f"own is a list of patterns such as ['head.*'], got {own!r}")
+    steps = where.values() if isinstance(where, Mapping) else () if where is None else [None]
+    knobs = [one for some in steps for one in (some.values() if isinstance(some, Mapping) else [None])]
+    if not all(isinstance(one, Mapping) for one in knobs):
+        raise SentenceError(
+            f"where gives patterns their steps' knobs: {{'*.mlp.*': {{'ties': {{'density': 0.4}}}}}}, got {where!r}"
+        )
+    if ingredients is not None and not isinstance(ingredients, Mapping):
+        raise SentenceError(f"ingredients maps names to folders or tensors, got {ingredients!r}")
+    if vocabulary is not None and not isinstance(vocabulary, str):
+        raise SentenceError(f"vocabulary is 'union', 'base' or an expert's name, got {vocabulary!r}")
+    if part is not None and not (isinstance(part, Sequence) and not isinstance(part, str)):
+        raise SentenceError(f"part is (k, n), such as (2, 8), got {part!r}")
 
 
 def _can_be_added(found: Findings, matched: Matched, base: Weights) -> None:

@@ -37,6 +37,8 @@ def open_weights(source: Source) -> Weights:
     if isinstance(source, Mapping):
         if isinstance(source, dict) and (odd := [n for n, value in source.items() if not hasattr(value, "dtype")]):
             raise WeightsError(f"'{odd[0]}' is no tensor but {source[odd[0]]!r}; weights map names to tensors")
+        if isinstance(source, dict):
+            _check_dense(source)
         return source
     if not str(source):
         raise WeightsError("a model's name is empty; give a folder, a file or a name on the Hub")
@@ -48,6 +50,16 @@ def open_weights(source: Source) -> Weights:
     if path.is_dir():
         return Pickled(path) if not any(path.glob("*.safetensors*")) and find_pickles(path) else Stored(path)
     return Pickled(path) if path.is_file() and path.suffix in PICKLES else Stored(path)
+
+
+def _check_dense(weights: Weights) -> None:
+    """Raise WeightsError for names that are no text, and for tensors that hold no numbers in rows."""
+    for name, tensor in weights.items():
+        if not isinstance(name, str):
+            raise WeightsError(f"{name!r} is no name of a tensor; names are text")
+        kind = "on the meta device" if getattr(tensor, "is_meta", False) else "sparse"
+        if kind != "sparse" or "strided" not in str(getattr(tensor, "layout", "strided")):
+            raise WeightsError(f"tensor '{name}' is {kind}: give its numbers, as a dense tensor")
 
 
 def open_headers(source: Source) -> Weights:

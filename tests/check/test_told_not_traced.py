@@ -181,3 +181,29 @@ def test_a_merge_of_nothing_is_told(models) -> None:
     with pytest.warns(UserWarning, match="no tensor is merged"):
         merged = merganser.merge(base, experts, "average", own=["*"])
     assert all(torch.equal(merged[n], base[n]) for n in base)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"own": 3}, {"own": [3]}, {"where": 3}, {"where": {"*": 3}}, {"where": {"*": {"average": 3}}}, {"ingredients": 3},
+        {"into": 3}, {"vocabulary": 3}, {"part": 3}, {"seed": "x"}, {"dtype": 3}, {"stored": 3}, {"shard_size": []},
+    ],
+)  # fmt: skip
+def test_an_argument_of_another_kind_is_one_line(models, given) -> None:
+    base, experts = models
+    assert not merganser.check(base, experts, "average", **given).ok
+    with pytest.raises(MerganserError) as error:
+        merganser.merge(base, experts, "average", **given)
+    assert "\n" not in str(error.value)
+
+
+def test_tensors_without_numbers_in_rows_are_told(models) -> None:
+    base, experts = models
+    for odd in (base["bias"].to_sparse(), base["bias"].to("meta")):
+        for given in (({**base, "bias": odd}, experts), (base, {**experts, "a": {**base, "bias": odd}})):
+            assert not merganser.check(*given, "average").ok
+            with pytest.raises(WeightsError, match=r"'bias' is (sparse|on the meta device)"):
+                merganser.merge(*given, "average")
+    with pytest.raises(WeightsError, match="names are text"):
+        merganser.merge({1: base["bias"]}, [{1: base["bias"]}], "average")
