@@ -257,6 +257,14 @@ def one_of(knob: str, value: object, words: Sequence[object]) -> None:
         raise ValueError(f"{knob} must be one of {', '.join(map(str, words))}, got {value!r}")
 
 
+def one_each(knob: str, values: Any, experts: int) -> None:
+    """Raise ValueError unless ``values`` are as many as there are experts."""
+    count = len(values) if isinstance(values, (list, tuple, Tensor)) and getattr(values, "ndim", 1) else None
+    if count != experts:
+        told = f"{count} given" if count is not None else f"got {values!r}"
+        raise ValueError(f"{knob} must hold one number per expert: {told}, {experts} experts")
+
+
 def per_expert(knob: str, value: float | Sequence[float], experts: int) -> list[float]:
     """Return one number per expert; raise ValueError for another count, or one that is not finite."""
     values: list[float] = list(value) if isinstance(value, (list, tuple, Tensor)) else [value] * experts  # type: ignore[list-item]

@@ -38,6 +38,8 @@ WRONG = {
     "average | scale(by=True)": "by must be a number",
     "karcher(steps=True)": "steps must be a number",
     "trim(density={'a': True, 'b': 0.5}) | average": "density must be a number",
+    "average(weights=2)": "one number per expert: got 2, 2 experts",
+    "task_arithmetic(weights='x')": "one number per expert: got 'x', 2 experts",
     "permute(spec=[]) | average": "permute",
     "dare-ties": r"\(here: dare | ties\)",
     "task-arithmetic": "there is task_arithmetic",

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..select import one_each
+
 ELEMENTWISE = LINEAR = True
 
 
@@ -24,8 +26,7 @@ def task_arithmetic(
     """
     if weights is None:
         return _add(deltas)
-    if len(weights) != len(deltas):
-        raise ValueError(f"weights must hold one number per expert: {len(weights)} given, {len(deltas)} experts")
+    one_each("weights", weights, len(deltas))
     w = torch.as_tensor(weights, dtype=deltas.dtype, device=deltas.device)
     if not w.isfinite().all():
         raise ValueError(f"weights must be finite, got {w.tolist()}")
