@@ -259,7 +259,8 @@ def one_of(knob: str, value: object, words: Sequence[object]) -> None:
 
 def one_each(knob: str, values: Any, experts: int) -> None:
     """Raise ValueError unless ``values`` are as many as there are experts."""
-    count = len(values) if isinstance(values, (list, tuple, Tensor)) and getattr(values, "ndim", 1) else None
+    listed = isinstance(values, (list, tuple)) or (isinstance(values, Tensor) and values.ndim > 0)
+    count = len(values) if listed else None
     if count != experts:
         told = f"{count} given" if count is not None else f"got {values!r}"
         raise ValueError(f"{knob} must hold one number per expert: {told}, {experts} experts")
