@@ -171,6 +171,55 @@ def test_killed_at_twenty_random_moments(tmp_path, shard_size):
     assert "old" in kills(tmp_path, moments, shard_size, tensors=60)
 
 
+def killed(command, after):
+    """Run a command and kill it (-9) after so many seconds; return how long it took, None where the kill came first."""
+    began = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        _, said = process.communicate(timeout=after)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return None
+    assert process.returncode == 0, said
+    return time.monotonic() - began
+
+
+@pytest.mark.slow
+def test_parts_their_join_and_a_yaml_survive_kills(tmp_path):
+    """By the command line, at random moments of each; done again, it is what one process writes that nobody killed."""
+    lay_out(tmp_path, 40, 3000, shards=2)
+    ours = [sys.executable, "-m", "merganser"]
+    models = [str(tmp_path / name) for name in ("base", "a", "b")]
+    (tmp_path / "all.yml").write_text(
+        f"merge_method: task_arithmetic\nbase_model: {models[0]}\ndtype: float32\nparameters: {{lambda: 0.25}}\nmodels:\n"
+        + "".join(f"  - {{model: {model}, parameters: {{weight: 1.0}}}}\n" for model in models[1:])
+    )
+    parts = str(tmp_path / "parts")
+    merge = [*ours, "merge", *models, "--how", "dare | ties"]
+    works = [[*merge, "--to", parts, "--part", f"{k}/3"] for k in (3, 1, 2)]
+    works += [[*ours, "join", parts], [*ours, "merge", str(tmp_path / "all.yml"), "--to", str(tmp_path / "yaml")]]
+    works += [[*merge, "--to", str(tmp_path / "whole")]]
+    chance = random.Random(0)
+    for work in works:
+        trial = tmp_path / "trial"
+        if parts not in work:
+            took = killed([str(trial) if part == work[work.index("--to") + 1] else part for part in work], 600)
+            shutil.rmtree(trial)
+        else:
+            took = 1.0
+        for _ in range(4):
+            if killed(work, chance.uniform(0.2, 1) * took) is not None:
+                break  # it was quicker, and is done
+        else:
+            assert killed(work, 600) is not None
+    assert weights_bytes(tmp_path / "parts") == weights_bytes(tmp_path / "whole")
+    assert not list((tmp_path / "parts").glob("part-*"))
+    made = merganser.merge(models[0], models[1:], WILL)
+    held = Stored(tmp_path / "yaml")
+    assert all(torch.allclose(held[name], made[name], atol=1e-6) for name in made)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shard_size", [1000, 10**10])
 def test_exits_at_every_rename_removal_and_sync(tmp_path, shard_size):
