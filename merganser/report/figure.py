@@ -7,6 +7,8 @@ from typing import Any
 from ..errors import DataError, MissingExtra
 
 NAMED = 20  # points at most that have their names beside them
+MANY = 14  # names along an axis; more are written one under the other
+SHARE = "recovered, % of what merging loses"
 STYLE = {"svg.hashsalt": "merganser", "svg.fonttype": "none", "font.size": 9}
 
 
@@ -55,8 +57,10 @@ def study_figure(told: Mapping[str, Any]) -> str:
     """
     if "points" in told:
         return _points_figure(told)
-    mpl, figure = _matplotlib()
     ticks, lines = _by_merger(told) if len(told["variations"]) > 1 else _of_one(told)
+    if len(lines) == 1 and len(ticks) > MANY:
+        return _points_figure({"y": SHARE, "points": _listed(ticks, *lines.values())})
+    mpl, figure = _matplotlib()
     with mpl.rc_context(STYLE):
         picture = figure(figsize=(6.4, 3.2), layout="constrained")
         axes = picture.subplots()
@@ -70,11 +74,19 @@ def study_figure(told: Mapping[str, Any]) -> str:
         slanted = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if len(ticks) > 8 else {}
         axes.set_xticks(range(len(ticks)), ticks, **slanted)
         axes.set_xlabel(told["axis"])
-        axes.set_ylabel("recovered, % of what merging loses")
+        axes.set_ylabel(SHARE)
         if len(lines) > 1:
             picture.legend(loc="outside upper center", frameon=False, fontsize=8, ncols=4)
         axes.spines[["top", "right"]].set_visible(False)
         return _svg(picture)
+
+
+def _listed(ticks: Sequence[str], cells: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
+    """Return one line's cells as points, which lie one under the other."""
+    parts = (("low", "low"), ("y", "score"), ("high", "high"))
+    return [
+        {"label": tick, **{to: cell[part] / 100 for to, part in parts}} for tick, cell in zip(ticks, cells, strict=True)
+    ]
 
 
 def _points_figure(told: Mapping[str, Any]) -> str:
