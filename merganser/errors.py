@@ -50,10 +50,15 @@ class MissingExtra(MerganserError):
         super().__init__(f"{what} needs the '{extra}' extra: pip install 'merganser[{extra}]'")
 
 
+def closest(word: str, known: Iterable[str]) -> str | None:
+    """Return the known word that ``word`` seems to be a slip of; None where none is near."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)), None)
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the closest known word, or an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" (did you mean '{close[0]}'?)" if close else ""
+    close = closest(word, known)
+    return f" (did you mean '{close}'?)" if close else ""
 
 
 # what mergekit and PEFT call by one word

@@ -30,7 +30,7 @@ from .weights.parts import check_part
 from .weights.quantised import Dequantised, say
 from .weights.save import refuse_overwriting
 from .weights.sink import shard_bytes
-from .weights.tokenizer import read_config
+from .weights.tokenizer import read_config, sound_config
 from .where import Patterns, Where, fitting
 
 How = str | Sentence | Iterable[Callable[..., Any] | str]
@@ -323,7 +323,7 @@ def base_names(base: Source | None, weights: Weights) -> set[str]:
     folder = folder_of(weights) or (folder_of(base) if isinstance(base, str | Path) else None)
     if folder is None:
         return set()
-    told = read_config(folder).get("_name_or_path") or ""
+    told = sound_config(folder).get("_name_or_path") or ""
     known = (base if isinstance(base, str | Path) else folder, folder.resolve(), hub_name(folder) or "", told)
     return {Path(str(name).partition("@")[0]).name.lower() for name in known if str(name)}
 

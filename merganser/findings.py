@@ -48,7 +48,8 @@ class Findings:
             self.raised.append(error)
             for text in error.parts or (str(error),):
                 what, _, remedy = text.rpartition("; ")
-                self.errors.append(Finding(what, where, remedy) if what else Finding(text, where))
+                one = Finding(what, where, remedy) if what else Finding(text, where)
+                self.errors += [one] if one not in self.errors else []
 
     def error(self, what: str, where: str, remedy: str = "", kind: type[MerganserError] = WeightsError) -> None:
         """Add an error."""

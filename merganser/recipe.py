@@ -31,13 +31,12 @@ fisher = "fisher"
 import json
 import tomllib
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .errors import RecipeError, did_you_mean
+from .errors import RecipeError, closest, did_you_mean
 from .synthetic import is_source
 
 Positive = Annotated[int, Field(gt=0)]
@@ -188,8 +187,8 @@ def _meant(problem: Any) -> tuple[Any, ...] | None:
     if problem["type"] != "extra_forbidden":
         return None
     *parents, last = problem["loc"]
-    close = get_close_matches(str(last), _known(parents), n=1, cutoff=0.5)
-    return (*parents, close[0]) if close else None
+    close = closest(str(last), _known(parents))
+    return (*parents, close) if close else None
 
 
 def _known(parents: Sequence[Any]) -> list[str]:

@@ -190,7 +190,7 @@ def consumed(ready: Prepared, row: Row) -> list[str]:
     """Return what a row used beside the weights of base and experts."""
     sentence = parse(row.sentence)
     used = [f"{name} (ingredient)" for name in asked_by(sentence, ready.recipe.ingredients)]
-    used += [f"{name} ({ROWS} unlabeled inputs a task)" for name in lacking(sentence, ready.recipe.ingredients)]
+    used += [f"{name} (up to {ROWS} unlabeled inputs a task)" for name in lacking(sentence, ready.recipe.ingredients)]
     if row.adapt:
         used.append("unlabeled inputs")
     if ready.resets:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import SentenceError
 from .job import Job, generator, rngs
 from .loop import CUT, Surveys, look_at, told_of, whole
 from .models.statistics import is_statistic
@@ -36,10 +35,8 @@ def survey(job: Job, *, share: Any = None, progress: Progress = silent) -> Surve
         for told, (step, names) in groups.items():
             if prepare := step.hook("prepare"):
                 rng = {"rng": generator(job.seed, told, "all")} if "rng" in takes(prepare) else {}
-                try:
+                with told_of(step, ""):
                     surveys[i, told] = prepare(lambda n, i=i: whole(job, n, i, surveys), names, **step.knobs, **rng)
-                except (ValueError, TypeError) as error:
-                    raise SentenceError(f"{step}: {error}") from None
             elif step.looks and step.scope == "model":
                 learned: list[Any] = []
                 for p, look in enumerate(step.looks):

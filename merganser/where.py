@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from .errors import SentenceError, did_you_mean
-from .sentence import Sentence, knobs_of, parse_words
+from .sentence import Sentence, check_truth, knobs_of, parse_words
 from .weights.header import matches
 
 LAYER = re.compile(r"^(.*?)(?<![^.])(\d+)(?=\.|$)")
@@ -80,6 +80,10 @@ class Where:
                         raise SentenceError(
                             f"where '{pattern}': {word}.{knob}: a gradient is {{'gradient': [numbers]}}, got {told!r}"
                         )
+                try:
+                    check_truth(word, by_name[word].function, knobs)
+                except SentenceError as error:
+                    raise SentenceError(f"where '{pattern}': {error}") from None
         for name in names:
             self.resolve(sentence, name)
 

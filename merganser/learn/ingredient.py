@@ -5,11 +5,8 @@ coefficients; Surgery's corrections of a merged model.
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..card import digest
 from ..errors import DataError, did_you_mean
-from ..models.inputs import Subset
 from ..progress import Progress, silent
 
 WHAT = ("fisher", "gram", "inputs", "coefficients", "surgery")
@@ -40,13 +37,13 @@ def learn_ingredient(
     from ..prepare import prepare
     from ..weights.save import save
     from .coefficients import adamerging
-    from .supply import measure
+    from .supply import measure, own_inputs
     from .surgery import surgeries, tensors
 
     check_what(recipe, what, on, model)
     # its sentences may need what is learned here
     ready = prepare(recipe.model_copy(update={"sentences": ["average"], "where": {}}), progress=progress)
-    few = {name: _first(ready.val.get(name) or ready.test[name], rows) for name in ready.experts}
+    few = {name: own_inputs(ready, name, rows) for name in ready.experts}
     to = Path(to)
     how: dict[str, Any] = {"kind": ready.kind, "progress": progress}
     if what == "coefficients":
@@ -89,7 +86,3 @@ def check_what(recipe: Any, what: str, on: str = "tasks", model: Path | None = N
         )  # fmt: skip
     if on == "inputs" and recipe.inputs is None:
         raise DataError("the recipe has no unlabeled inputs; add [inputs] files = [...], or learn on the tasks' own")
-
-
-def _first(task: Any, rows: int) -> Subset:
-    return Subset(task.inputs, torch.arange(min(rows, len(task))))

@@ -51,12 +51,17 @@ def supplied(
     return ready.given({what: place / what for what in wanted}) if wanted else ready
 
 
+def own_inputs(ready: "Prepared", name: str, rows: int) -> Subset:
+    """Return the first inputs of an expert's own task: of the validation split, of the test split where there is none."""
+    task = ready.val.get(name) or ready.test[name]
+    return Subset(task.inputs, torch.arange(min(rows, len(task))))
+
+
 def measure(
     ready: "Prepared", what: str, name: str, weights: Mapping[str, Tensor], rows: int, progress: Progress = silent
 ) -> dict[str, Tensor]:
     """Return one expert's Fisher information, Gram matrices or layers' inputs, from inputs of its own task."""
-    task = ready.val.get(name) or ready.test[name]
-    some = Subset(task.inputs, torch.arange(min(rows, len(task))))
+    some = own_inputs(ready, name, rows)
     if what == "fisher":
         return fisher(ready.encoder, weights, ready.heads[name], some, kind=ready.kind, progress=progress)
     by = gram if what == "gram" else entering

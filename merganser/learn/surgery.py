@@ -138,7 +138,7 @@ def check_one(models: Sequence[Any]) -> None:
 
 
 def read_surgery(folder: Path, model: str | None = None) -> dict[str, Correction]:
-    """Return the corrections that `learn_surgery` stored; ``model``: the digest of the model they have to be of.
+    """Return the corrections that ``merganser learn surgery`` stored; ``model``: the digest of the model they have to be of.
 
     Raises WeightsError where there are none, or where they are another model's.
     """

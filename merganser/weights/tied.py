@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from .header import FLOATS, Head, Headers, Weights, folder_of, header
 from .quantised import Dequantised, as_stored
-from .tokenizer import read_config, vocab_size
+from .tokenizer import sound_config, vocab_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,13 +93,13 @@ def canonical_by_config(base: Weights, experts: Mapping[str, Weights]) -> dict[s
 
 def _ties(weights: Weights) -> bool:
     """Tell whether config.json says that the output layer is the embedding, at its top or in a part."""
-    config = read_config(folder_of(weights))
+    config = sound_config(folder_of(weights))
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     return any(part.get("tie_word_embeddings") is True for part in parts)
 
 
 def _vocabulary(weights: Weights) -> int | None:
-    return vocab_size(read_config(folder_of(weights)))
+    return vocab_size(sound_config(folder_of(weights)))
 
 
 def same(weights: Weights, one: str, other: str) -> bool:

@@ -209,5 +209,13 @@ def read_config(folder: Path | None, name: str = "config.json") -> dict[str, Any
     return told
 
 
+def sound_config(folder: Path | None) -> dict[str, Any]:
+    """Return a folder's config.json, empty also where it is broken: for those who need not be the one to say so."""
+    try:
+        return read_config(folder)
+    except WeightsError:
+        return {}
+
+
 def _write(path: Path, told: Any) -> None:
     path.write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What an audit found: values that Python takes or trips over are told in one line, by `check` and by `merge` alike."""
+"""Values that Python takes or trips over are told in one line, by `check` and by `merge` alike."""
 
 import pytest
 import torch
@@ -59,8 +59,10 @@ def test_a_knob_that_cannot_be_is_one_line(models, how: str) -> None:
         assert "\n" not in str(error.value)
 
 
-def test_a_pattern_gives_no_expert_its_own_value_behind_the_combining_step(models) -> None:
+def test_a_pattern_is_judged_as_a_sentence_is(models) -> None:
     base, experts = models
+    assert not merganser.check(base, experts, "ram", where={"*": {"ram": {"plus": "no"}}}).ok
+    assert not merganser.check(base, experts, "average | scale", where={"*": {"scale": {"by": True}}}).ok
     for told in ({"*": {"trim": {"density": [0.2, 0.3]}}}, {"*": {"trim": {"density": {"a": 0.2, "b": 0.3}}}}):
         assert not merganser.check(base, experts, "average | trim", where=told).ok
         with pytest.raises(SentenceError):
@@ -113,6 +115,7 @@ def test_a_config_that_is_none_is_told_before_the_work(models, tmp_path, text: s
         merganser.save(weights, tmp_path / who)
     (tmp_path / whose / "config.json").write_text(text)
     given = (tmp_path / "base", [tmp_path / "a", tmp_path / "b"], "average")
+    assert len(merganser.check(*given).errors) == 1, "told once"
     for attempt in (lambda: merganser.check(*given).tell(), lambda: merganser.merge(*given, into=tmp_path / "out")):
         with pytest.raises(WeightsError, match=r"config\.json: not (a )?JSON"):
             attempt()

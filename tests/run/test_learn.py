@@ -67,7 +67,7 @@ def test_a_run_measures_what_its_steps_need(user, tmp_path, what, step):
         rows[path.stem] = {(row["sentence"], row["tuned"]): row for row in told}
     for key, row in rows["given"].items():
         assert row["consumed"][0] == f"{what} (ingredient)"
-        assert rows["plain"][key]["consumed"][0] == f"{what} (256 unlabeled inputs a task)"
+        assert rows["plain"][key]["consumed"][0] == f"{what} (up to 256 unlabeled inputs a task)"
         if not row["adapt"]:
             assert row["mean"] == rows["plain"][key]["mean"]
     held = tmp_path / "plain" / "ingredients"
