@@ -39,7 +39,7 @@ def gram(
     products = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=deltas.device)
     at = torch.tril_indices(len(rows), len(rows), device=deltas.device)
     for parts in zip(*(row.split(PART) for row in rows), strict=True):
-        wide = [part.double() for part in parts]
+        wide = [part.to(torch.float64, copy=True) for part in parts]  # how a dot sums depends on where its numbers lie
         products[at[0], at[1]] += torch.stack(
             [torch.dot(wide[i], wide[j]) for i in range(len(wide)) for j in range(i + 1)]
         )

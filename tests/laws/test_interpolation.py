@@ -404,3 +404,14 @@ def test_angles_between_fine_tunings_are_as_good_as_float64s():
     for long in (gram(deltas), gram(100 * deltas + base, base)):  # no base, or deltas as long as it
         rows = exact[:3] if len(long) == 3 else torch.cat([(100 * deltas + base).double(), base.double()[None]])
         torch.testing.assert_close(long, rows @ rows.mT, rtol=1e-12, atol=0)
+
+
+@given(seed=seeds, length=st.integers(1, 300))
+@fast
+def test_inner_products_do_not_depend_on_where_numbers_lie(seed: int, length: int) -> None:
+    """A float64 tensor of a file lies at any multiple of eight bytes, one in memory at one of 64."""
+    base, deltas = normal(seed, length).double(), normal(seed + 1, 3, length).double()
+    here = gram(deltas, base)
+    for shift in range(1, 8):
+        there = torch.empty(length + shift, dtype=torch.float64)[shift:].copy_(base)
+        assert torch.equal(gram(deltas, there), here)

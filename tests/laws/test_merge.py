@@ -2,54 +2,14 @@
 
 import pytest
 import torch
+from sentences import SENTENCES, given_to
 
 import merganser
 from merganser.card import digest, read_card
 from merganser.errors import SentenceError, WeightsError
 from merganser.fingerprint import fingerprint
-from merganser.sentence import known_steps, parse
+from merganser.sentence import parse
 from merganser.weights.open import open_weights
-
-COMBINE, EDIT, ALIGN = ([n for n, kind in known_steps().items() if kind == k] for k in ("combine", "edit", "align"))
-SENTENCES = [
-    *COMBINE,
-    *(f"{edit} | {combine}" for edit in EDIT for combine in ("task_arithmetic", "ties")),
-    *(
-        f"{align} | {combine}" for align in ALIGN if align != "permute" for combine in ("average", "ties")
-    ),  # it has its own
-    *(f"task_arithmetic | {edit}" for edit in EDIT if edit != "mask"),
-    "dare(keep=0.5) | task_arithmetic | scale(by=0.3)",
-    "dare(keep=0.1) | ties(density=0.5)",  # the dice tell that nothing is trimmed
-    "dare(keep=0.7) | scale(by=2.0) | ties(density=0.5)",
-    "ties(scope='tensor')",
-    "trim(density=0.3) | mask | task_arithmetic",
-    "knots | ties(density=0.5)",
-    "ties(density=0.5) | trim(density=0.5) | scale(by=0.5)",
-]
-
-
-COUNT = {"slerp": 2, "nuslerp": 2, "arcee_fusion": 1, "nearswap": 1}  # the experts a step takes, where not any number
-
-
-def stand_ins(how, base, experts):
-    """Ingredients of the right shapes, drawn at random, for the steps of a sentence."""
-    rng = torch.Generator().manual_seed(5)
-    made = {}
-    for word in [step.ingredients for step in parse(how).steps]:
-        for name in word:
-            made[name] = {e: {n: ingredient(name, t, rng) for n, t in base.items() if t.ndim == 2} for e in experts}
-    return made
-
-
-def ingredient(name, tensor, rng):
-    if name == "mask":
-        return (torch.rand(tensor.shape, generator=rng) > 0.5).float()
-    if name == "coefficients":
-        return torch.rand((), generator=rng)
-    if name == "fisher":
-        return torch.rand(tensor.shape, generator=rng)
-    rows = torch.randn(32, tensor.shape[1], generator=rng)
-    return rows.mT @ rows / 32 if name == "gram" else rows
 
 
 @pytest.fixture
@@ -79,8 +39,7 @@ def models():
 @pytest.mark.parametrize("how", [*SENTENCES, "della(density=0.5) | average"])
 def test_a_seed_changes_only_what_says_that_it_draws(models, how):
     base, experts = models
-    experts = dict(list(experts.items())[: COUNT.get(how.split("(")[0], 3)])
-    ingredients = stand_ins(how, base, experts)
+    experts, ingredients = given_to(how, base, experts)
     one, other = (merganser.merge(base, experts, how, seed=seed, ingredients=ingredients) for seed in (0, 1))
     same = all(torch.equal(one[n], other[n]) for n in base)
     assert same != parse(how).draws
@@ -95,11 +54,11 @@ def test_what_is_drawn_in_a_survey_or_by_your_own_step_counts(tmp_path):
 @pytest.mark.parametrize("how", SENTENCES)
 def test_memory_disk_and_parts_give_the_same_bytes(models, tmp_path, how):
     base, experts = models
-    experts = dict(list(experts.items())[: COUNT.get(how.split("(")[0], 3)])
+    experts, ingredients = given_to(how, base, experts)
     for name, weights in {"base": base, **experts}.items():
         merganser.save(weights, tmp_path / name)
     sources = {name: tmp_path / name for name in experts}
-    given = {"seed": 7, "ingredients": stand_ins(how, base, experts)}
+    given = {"seed": 7, "ingredients": ingredients}
     memory = merganser.merge(base, experts, how, **given)
     disk = merganser.merge(tmp_path / "base", sources, how, into=tmp_path / "out", **given)
     for k in (3, 1, 2):

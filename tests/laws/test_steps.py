@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -130,13 +130,12 @@ EXPERTS = {
     "nearswap": (1, 1),
     "arcee_fusion": (1, 1),
 }  # how many, if not any number
-ORDERED = {  # why the order of experts matters
-    "magmax": "of equal magnitudes the later one wins",
-    "slerp": "goes from the first to the second",
-    "nuslerp": "weights belong to the first and the second",
-    "emr": "expert=0 is the first",
-    "consensus": "expert=0 is the first; the other knobs have their own law",
-}
+FOLLOWS: dict[str, Callable[[Any, list[int]], Any]] = {
+    "expert": lambda one, order: order.index(one),
+    "weights": lambda each, order: [each[t] for t in order],
+    "t": lambda t, order: t if order == sorted(order) else 1 - t,
+}  # what a knob that tells experts apart becomes where they come in another order
+UNEQUAL = {"magmax": "of equal magnitudes the later one wins"}  # the order matters where entries are equal
 NOT_SCALING = {  # why scaled deltas do not give the scaled result
     "pcb": "tanh of products of the deltas",
     "nearswap": "t is a distance between weights",
@@ -174,6 +173,9 @@ INGREDIENTS: dict[str, Callable[[int, Tensor], dict[str, Tensor]]] = {
     "weighted": lambda seed, deltas: {"coefficients": normal(seed + 2, *deltas.shape)},
     "fisher": lambda seed, deltas: {"fisher": normal(seed + 2, *deltas.shape).square()},
 }  # (seed, deltas) -> the extra tensors
+RELATIVE = {
+    "knots": {"threshold": 0}
+}  # its default is in units of singular values, so what it drops depends on the scale
 NOT_RESTORING: dict[str, str] = {}  # align steps whose coordinates are not another basis of the same deltas
 
 
@@ -197,6 +199,8 @@ every_step, every_combine, every_align = with_knobs(STEPS), with_knobs(COMBINE),
 fast = settings(max_examples=15, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
 shapes = st.sampled_from([(), (1,), (7,), (5, 3), (3, 5), (4, 4), (2, 3, 4), (3, 2, 2, 2)])
+any_shapes = st.lists(st.integers(0, 6), max_size=4).map(tuple)
+dtypes = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
 counts = st.integers(1, 6)
 
 
@@ -270,12 +274,14 @@ def test_zero_in_zero_out(name: str, knobs: dict, shape: tuple, experts: int) ->
 
 
 @every_step
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(), (0,), (6,), (4, 3), (0, 3), (2, 3, 4), (3, 2, 2, 2)], ids=str)
+@given(seed=seeds, dtype=dtypes, shape=any_shapes, experts=counts)
+@example(seed=0, dtype=torch.bfloat16, shape=(0, 3), experts=3)
+@example(seed=0, dtype=torch.float16, shape=(4, 3), experts=3)
+@fast
 def test_shape_dtype_and_device_stay_and_inputs_are_untouched(
-    name: str, knobs: dict, dtype: torch.dtype, shape: tuple
+    name: str, knobs: dict, seed: int, dtype: torch.dtype, shape: tuple, experts: int
 ) -> None:
-    deltas = normal(0, allowed(name, 3), *shape).to(dtype)
+    deltas = normal(seed, allowed(name, experts), *shape).to(dtype)
     before = deltas.clone()
     merged = run(name, deltas, **knobs)
     assert (merged.shape, merged.dtype, merged.device) == (shape, dtype, deltas.device)
@@ -287,11 +293,10 @@ def test_shape_dtype_and_device_stay_and_inputs_are_untouched(
 @given(seed=seeds, shape=shapes, experts=counts)
 @fast
 def test_the_order_of_experts_does_not_matter(name: str, knobs: dict, seed: int, shape: tuple, experts: int) -> None:
-    if name in ORDERED:
-        return
-    deltas = some(name, seed, experts, *shape)
-    order = torch.randperm(len(deltas), generator=torch.Generator().manual_seed(seed))
-    close(run(name, deltas[order], **knobs), run(name, deltas, **knobs))
+    deltas = normal(seed, allowed(name, experts), *shape) if name in UNEQUAL else some(name, seed, experts, *shape)
+    order = torch.randperm(len(deltas), generator=torch.Generator().manual_seed(seed)).tolist()
+    turned = {knob: FOLLOWS[knob](value, order) if knob in FOLLOWS else value for knob, value in knobs.items()}
+    close(run(name, deltas[order], **turned), run(name, deltas, **knobs))
 
 
 @every_step
@@ -463,15 +468,83 @@ def test_aligned_deltas_are_restored_and_their_sum_is_too(
 
 
 @every_align
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(), (0,), (6,), (4, 3), (0, 3), (2, 3, 4)], ids=str)
-def test_an_align_step_restores_shape_and_dtype(name: str, knobs: dict, dtype: torch.dtype, shape: tuple) -> None:
-    deltas = normal(0, 3, *shape).to(dtype)
+@given(seed=seeds, dtype=dtypes, shape=any_shapes, experts=counts)
+@example(seed=0, dtype=torch.bfloat16, shape=(0, 3), experts=3)
+@fast
+def test_an_align_step_restores_shape_and_dtype(
+    name: str, knobs: dict, seed: int, dtype: torch.dtype, shape: tuple, experts: int
+) -> None:
+    deltas = normal(seed, experts, *shape).to(dtype)
     before = deltas.clone()
     coords, restore = run(name, deltas, **knobs)
     restored = restore(coords[0])
     assert (restored.shape, restored.dtype, restored.device) == (shape, dtype, deltas.device)
+    assert restored.isfinite().all()
     assert torch.equal(deltas, before)
+
+
+@every_align
+@given(shape=shapes, experts=counts)
+@fast
+def test_zero_deltas_are_aligned_to_zero(name: str, knobs: dict, shape: tuple, experts: int) -> None:
+    coords, restore = run(name, torch.zeros(experts, *shape), **knobs)
+    assert not coords.any()
+    assert restore(coords.sum(0)).shape == shape
+    assert not restore(coords.sum(0)).any()
+
+
+def behind(name: str, deltas: Tensor, merger: str, **knobs: Any) -> Tensor:
+    """Return what a merger that is not linear makes of the coordinates, as deltas again."""
+    coords, restore = run(name, deltas, **knobs)
+    return restore(run(merger, coords))
+
+
+@every_align
+@pytest.mark.parametrize("merger", ["ties", "magmax", "tsv"])
+@given(seed=seeds, shape=shapes, experts=counts)
+@fast
+def test_the_order_of_experts_does_not_matter_in_coordinates(
+    name: str, knobs: dict, merger: str, seed: int, shape: tuple, experts: int
+) -> None:
+    deltas = normal(seed, experts, *shape)
+    order = torch.randperm(experts, generator=torch.Generator().manual_seed(seed))
+    close(behind(name, deltas[order], merger, **knobs), behind(name, deltas, merger, **knobs))
+
+
+@every_align
+@pytest.mark.parametrize("merger", ["ties", "magmax", "tsv"])
+@given(seed=seeds, shape=shapes, experts=counts, power=st.integers(-8, 8))
+@fast
+def test_scaled_deltas_have_scaled_coordinates(
+    name: str, knobs: dict, merger: str, seed: int, shape: tuple, experts: int, power: int
+) -> None:
+    knobs, deltas = {**knobs, **RELATIVE.get(name, {})}, normal(seed, experts, *shape)
+    scaled = behind(name, deltas * 2.0**power, merger, **knobs)
+    close(scaled / 2.0**power, behind(name, deltas, merger, **knobs))
+
+
+@every_align
+@given(seed=seeds, shape=shapes, experts=counts)
+@fast
+def test_identical_experts_have_identical_coordinates(
+    name: str, knobs: dict, seed: int, shape: tuple, experts: int
+) -> None:
+    delta = normal(seed, *shape)
+    coords, restore = run(name, delta.expand(experts, *shape), **knobs)
+    assert all(torch.equal(one, coords[0]) for one in coords)
+    close(restore(run("ties", coords, density=1)), delta)
+
+
+@every_align
+@given(seed=seeds, shape=shapes, experts=counts)
+@fast
+def test_the_same_deltas_are_aligned_to_the_same_bytes(
+    name: str, knobs: dict, seed: int, shape: tuple, experts: int
+) -> None:
+    deltas = normal(seed, experts, *shape)
+    (one, first), (other, second) = (run(name, deltas, seed=seed, **knobs) for _ in range(2))
+    assert torch.equal(one, other)
+    assert torch.equal(first(one.sum(0)), second(other.sum(0)))
 
 
 @every_step
