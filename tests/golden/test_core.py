@@ -1,8 +1,6 @@
 """Core Space merging of LoRA factors against the numbers of the published code (apanariello4/core-space-merging).
 
-Left out, with the reason:
-  core/cart              CART's sum of low-rank parts around the mean is no step here
-  core/knots_ties_K40    that code base trims V without its singular values; KnOTS itself is in test_knots.py
+core/knots_ties_K40 is that code base's KnOTS, which trims V without singular values; the published one is in test_knots.py.
 _core_dare and _full_tsv_lora are remarks.
 """
 
@@ -14,7 +12,9 @@ from cases import described, tensors
 from torch import Tensor
 
 from merganser.steps.align.core import core, core_factors
+from merganser.steps.align.knots import knots
 from merganser.steps.combine.average import average
+from merganser.steps.combine.cart import cart
 from merganser.steps.combine.iso_c import iso_c
 from merganser.steps.combine.task_arithmetic import task_arithmetic
 from merganser.steps.combine.ties import ties
@@ -36,9 +36,10 @@ MERGERS: dict[str, Callable[[Tensor], Tensor]] = {
     "core/tsv_iso": lambda coords: iso_c(tsv(coords)[None]),
     "core/ties_K20": trimmed(0.2),
     "core/ties_K40": trimmed(0.4),
+    "core/cart": lambda coords: cart(coords, share=0.3, by=0.5),
 }
 FULL = {"core/full_ties_K40": trimmed(0.4)}
-LEFT_OUT = {"core/cart", "core/knots_ties_K40"}
+KNOTS = {"core/knots_ties_K40"}
 
 
 def layers(case: str) -> dict[str, tuple[Tensor, list[tuple[Tensor, Tensor]]]]:
@@ -69,7 +70,7 @@ def test_cores_are_the_published_ones_but_for_signs(case: str) -> None:
         torch.testing.assert_close(coords.abs(), theirs.abs(), rtol=1e-4, atol=2e-6)
 
 
-@pytest.mark.parametrize("case", ["core/ta", "core/mean", "core/tsv", "core/sum_iso", "core/tsv_iso"])
+@pytest.mark.parametrize("case", ["core/ta", "core/mean", "core/tsv", "core/sum_iso", "core/tsv_iso", "core/cart"])
 def test_what_does_not_depend_on_the_basis_needs_no_factors(case: str) -> None:
     outputs, scaling = tensors("mergers_core", case)[1], CASES[case]["params"]["scaling"]
     for name, (weight, factors) in layers(case).items():
@@ -86,5 +87,15 @@ def test_the_same_in_full(case: str) -> None:
         torch.testing.assert_close(merged, outputs[f"merged.{name}"], rtol=1e-5, atol=2e-6)
 
 
-def test_every_case_is_compared_or_left_out() -> None:
-    assert {c for c in CASES if c.startswith("core/")} == {*MERGERS, *FULL, *LEFT_OUT}
+@pytest.mark.parametrize("case", list(KNOTS))
+def test_knots_that_trims_without_singular_values(case: str) -> None:
+    outputs, scaling = tensors("mergers_core", case)[1], CASES[case]["params"]["scaling"]
+    for name, (weight, factors) in layers(case).items():
+        coords, restore = knots(torch.stack([b @ a for b, a in factors]))
+        lengths = coords.square().sum(dim=(0, 2)).sqrt()[:, None]  # of the rows: the singular values
+        merged = weight + scaling * restore(lengths * trimmed(0.4)(coords / lengths))
+        torch.testing.assert_close(merged, outputs[f"merged.{name}"], rtol=1e-4, atol=2e-6)
+
+
+def test_every_case_is_compared() -> None:
+    assert {c for c in CASES if c.startswith("core/")} == {*MERGERS, *FULL, *KNOTS}

@@ -6,7 +6,7 @@ Differences which are meant, and tested as such:
   tsvm/eigen_*: the reference squares condition numbers in float32; compared with its own recorded error
   _iso_cts_ranks: where rounding asks for more directions than there are, the reference breaks and we take fewer
   wudi/dcmerge_port: its averaging of a matrix that is none of four kinds (`m.proj`) is the caller's choice here
-Not ours: tsvm/lowrank_sum_* is an ablation of the paper. _tsvm_k is a remark on integer division.
+tsvm/lowrank_sum_* is the paper's ablation: the same triplets, summed as they are. _tsvm_k is a remark on integer division.
 """
 
 import json
@@ -22,9 +22,11 @@ from merganser.steps.combine.iso_c import iso_c
 from merganser.steps.combine.iso_cts import _ranks, iso_cts
 from merganser.steps.combine.tsv import tsv
 from merganser.steps.combine.wudi import wudi
+from merganser.steps.spectrum import leading, matrices
 
 CASES = described("mergers_svd")
 TSV = ["tsvm/polar_T3", "tsvm/polar_T4", "tsvm/lossless_T3", "tsvm/edge_T2_r4", "tsvm/edge_T3_r4"]
+SUMS = ["tsvm/lowrank_sum_T3", "tsvm/lowrank_sum_T4"]
 EIGEN = ["tsvm/eigen_T3", "tsvm/eigen_T4"]
 ISO = ["iso_c/T3", "iso_c/T4"]
 CTS = ["iso_cts/T3_f0.8", "iso_cts/T3_f0.5", "iso_cts/T4_f0.8"]
@@ -68,6 +70,19 @@ def test_tsv(case: str, key: str) -> None:
     rank = min(deltas.shape[1:]) if "lossless" in case else None
     merged = tsv(deltas, rank=rank, conv="mean", name=key)
     torch.testing.assert_close(merged, outputs[f"merged.{key}"], rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize(("case", "key"), [(c, k) for c in SUMS for k in keys(c)])
+def test_leading_triplets_summed_as_they_are(case: str, key: str) -> None:
+    inputs, outputs = tensors("mergers_svd", case)
+    deltas, theirs = experts(inputs, count(case), key), outputs[f"merged.{key}"]
+    wide = matrices(deltas, "mean", key)
+    if wide is None:
+        torch.testing.assert_close(tsv(deltas, conv="mean", name=key), theirs)
+        return
+    k = min(wide.shape[1:]) // len(wide)
+    summed = sum((u * s @ v.mT for u, s, v in (leading(one, k) for one in wide)), torch.zeros(())) if k else 0 * wide[0]
+    torch.testing.assert_close(summed.float(), theirs, rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize(("case", "key"), [(c, k) for c in EIGEN for k in keys(c)])
@@ -193,5 +208,5 @@ def test_a_convolution_is_the_matrix_of_its_patches(step) -> None:
 
 
 def test_every_case_is_compared() -> None:
-    others = {"tsvm/edge_T5_r4", "tsvm/lowrank_sum_T3", "tsvm/lowrank_sum_T4", "dc_merge/prim"}
-    assert CASES.keys() == {*TSV, *EIGEN, *ISO, *CTS, *WUDI, *DC, *DC_LORA, *ESM, *others}
+    others = {"tsvm/edge_T5_r4", "dc_merge/prim"}
+    assert CASES.keys() == {*TSV, *SUMS, *EIGEN, *ISO, *CTS, *WUDI, *DC, *DC_LORA, *ESM, *others}

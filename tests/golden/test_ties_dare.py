@@ -1,8 +1,7 @@
 """TIES, task arithmetic and DARE against the numbers of the published code.
 
-Not offered, hence not compared (the last test keeps this list complete):
-  ties/rand_normfrac, _normmass             other sign rules, in the code but not in the paper's method
-  dare/mergelm_random_p1                    keeps nothing; our `keep` lies in (0, 1], so it is refused
+Not offered: ties/rand_normfrac and _normmass elect signs by other rules, in the code but not in the paper's method: the test
+elects them, ours trims and merges; dare/mergelm_random_p1 keeps nothing, which is refused: our `keep` lies in (0, 1].
 """
 
 from functools import reduce
@@ -28,7 +27,8 @@ WHOLE = [n for n in CASES if n.startswith("ties/sd_")]
 DICE = [n for n in CASES if n.startswith("dare/") and "magnitude" not in n and not n.endswith("_p1")]
 MAGNITUDE = [n for n in CASES if n.startswith("dare/mergelm_magnitude")]
 UNELECTED = "ties/rand_noelect_K20_dis-mean"
-NOT_OFFERED = ["ties/rand_norm", "dare/mergelm_random_p1"]
+ELECTED = ["ties/rand_normfrac_K20_dis-mean", "ties/rand_normmass_K20_dis-mean"]
+NOTHING = "dare/mergelm_random_p1"
 
 
 def knobs(case: str) -> dict:
@@ -82,6 +82,25 @@ def test_without_an_election_it_is_the_mean_of_what_was_kept() -> None:
     torch.testing.assert_close(ram(kept, epsilon=0.0), outputs["merged_tv"], rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("case", ELECTED)
+def test_ties_with_signs_elected_by_other_rules(case: str) -> None:
+    """By squares, as shares of each expert's: the sign of the largest, or of the most in sum."""
+    inputs, outputs = tensors("ties_dare", case)
+    kept = torch.stack([ties(delta[None], **{**knobs(case), "merge": "sum"}) for delta in inputs["tv"]])
+    shares = kept.square() / kept.square().sum(dim=1, keepdim=True)
+    largest = kept.gather(0, shares.argmax(dim=0, keepdim=True))[0].sign()
+    sign = largest if "normfrac" in case else (kept.sign() * shares).sum(dim=0).sign()
+    merged = ram(torch.where(kept * sign > 0, kept, 0), epsilon=0.0)  # the mean over those that are not zero
+    torch.testing.assert_close(merged, outputs["merged_tv"], rtol=1e-6, atol=1e-7)
+
+
+def test_dare_that_keeps_nothing_is_refused() -> None:
+    inputs, outputs = tensors("ties_dare", NOTHING)
+    assert not outputs["delta"].any()
+    with pytest.raises(ValueError, match="keep"):
+        dare(inputs["delta"], keep=1 - CASES[NOTHING]["params"]["mask_rate"], rng=np.random.default_rng())
+
+
 @pytest.mark.parametrize("case", MAGNITUDE)
 def test_dare_by_magnitude_is_a_trim(case: str) -> None:
     """The published code drops int(n p) entries and all equal ones; `trim` keeps int(n (1 - p))."""
@@ -113,7 +132,7 @@ def test_dare_with_the_dice_of_the_reference(case: str, monkeypatch: pytest.Monk
         assert torch.equal(ours == 0, inputs["drop_mask"].bool())
 
 
-def test_every_case_is_compared_or_named_above() -> None:
-    compared = {*FLAT, *WHOLE, *DICE, *MAGNITUDE, UNELECTED, "ties/rand_task_arithmetic_sum"}
-    left = [n for n in CASES if n not in compared and not any(n.startswith(x) for x in NOT_OFFERED)]
-    assert not left
+def test_every_case_is_compared() -> None:
+    assert CASES.keys() == {
+        *FLAT, *WHOLE, *DICE, *MAGNITUDE, *ELECTED, UNELECTED, NOTHING, "ties/rand_task_arithmetic_sum"
+    }  # fmt: skip

@@ -61,6 +61,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     ],
     "tsv": [{"rank": 1}, {"conv": "mean"}],
     "iso_c": [{"conv": "mean"}],
+    "cart": [{"share": 0.5}, {"share": 1, "by": 0.3}, {"share": 0.3, "conv": "mean"}],
     "iso_cts": [{"common": 0}, {"common": 0.5}, {"common": 1}, {"conv": "mean"}],
     "dc": [{"density": 1}, {"rank": 1}, {"smoothing": "mean"}, {"smoothing": "linear"}, {"conv": "mean"}],
     "wudi": [{"solve": "exact"}, {"steps": 0}, {"conv": "mean"}],
@@ -85,6 +86,7 @@ WRONG: dict[str, list[dict[str, Any]]] = {
     + [{"weights": [1, 2]}, {"scope": "layer"}, {"merge": "median"}, {"rule": "paper"}, {"equal": "first"}],
     "tsv": [{"rank": 0}, {"rank": 1.5}, {"conv": "svd"}],
     "iso_c": [{"conv": "svd"}],
+    "cart": [{"share": 0}, {"share": 1.1}, {"share": True}, {"by": math.inf}, {"by": True}, {"conv": "svd"}],
     "iso_cts": [{"common": -0.1}, {"common": 1.1}, {"common": math.nan}, {"conv": "svd"}],
     "dc": [{"density": 0}, {"density": 2}, {"rank": 0}, {"smoothing": "max"}, {"rho": 0.5}, {"rho": math.inf}],
     "wudi": [{"solve": "sgd"}, {"steps": -1}, {"steps": 1.5}, {"lr": 0}, {"lr": math.nan}, {"conv": "svd"}],
@@ -117,13 +119,22 @@ NOT_ELEMENTWISE = {  # with its default knobs
     "tsv": "a matrix has singular vectors, its parts have others",
     "iso_c": "a matrix has singular vectors, its parts have others",
     "iso_cts": "a matrix has singular vectors, its parts have others",
+    "cart": "a matrix has singular vectors, its parts have others",
     "dc": "a matrix has singular vectors, its parts have others",
     "esm": "a matrix has singular vectors, its parts have others",
     "wudi": "its objective is about products of matrices",
     "regmean": "it solves a system for each matrix",
     "arcee_fusion": "its importance is a softmax along rows",
 }
-GENERIC = {"tsv", "iso_c", "iso_cts", "dc", "esm", "wudi"}  # these get distinct singular values, others coarse numbers
+GENERIC = {
+    "tsv",
+    "iso_c",
+    "iso_cts",
+    "cart",
+    "dc",
+    "esm",
+    "wudi",
+}  # these get distinct singular values, others coarse numbers
 EXPERTS = {
     "slerp": (2, 2),
     "nuslerp": (2, 2),

@@ -14,6 +14,7 @@ from nets import by_hand
 from torch import Tensor
 
 from merganser.as_adapter import shortened
+from merganser.steps.combine.task_arithmetic import task_arithmetic
 from merganser.steps.combine.ties import ties
 from merganser.steps.edit.trim import trim
 from merganser.weights.adapter import Factors
@@ -23,7 +24,7 @@ from cases import described, tensors
 
 CASES = described("mergers_peft")
 LAYERS = ("q", "o")
-COMPARED = ("cat", "svd", "svd_rank5", "ties_svd", "magnitude_prune_svd")
+COMPARED = ("cat", "svd", "svd_rank5", "svd_clamp", "ties_svd", "dare_ties_svd", "magnitude_prune_svd")
 CROSSED = ("linear", "linear_neg", "ties", "dare_linear", "magnitude_prune")
 
 
@@ -36,6 +37,25 @@ def adapters(name: str, layer: str) -> tuple[list[Factors], Tensor, Tensor]:
     return low, torch.tensor(params["weights"]), outputs[f"{layer}.delta"]
 
 
+def masks(name: str, layer: str) -> list[Tensor]:
+    """Return which entries of each adapter's change PEFT kept; it went layer by layer, in the order of ``LAYERS``."""
+    inputs, each = tensors("mergers_peft", f"peft/awa_{name}")[0], len(CASES[f"peft/awa_{name}"]["params"]["ranks"])
+    return [inputs[f"mask{each * LAYERS.index(layer) + k}"] for k in range(each)]
+
+
+def clamped(made: Factors, quantile: float, like: Tensor) -> Tensor:
+    """Cut the entries of U S and V^T at a quantile of both, as PEFT does with ``svd_clamp``; no option of ours.
+
+    That quantile depends on which way singular vectors point, so they point as those of PEFT's B, ``like``.
+    """
+    u, s, v = torch.linalg.svd(made.left @ made.right, full_matrices=False)
+    k = made.left.shape[1]
+    signs = (u[:, :k] * like).sum(0).sign()
+    left, right = u[:, :k] * s[:k] * signs, v[:k] * signs[:, None]
+    most = torch.quantile(torch.cat([left.flatten(), right.flatten()]), quantile)
+    return left.clamp(-most, most) @ right.clamp(-most, most)
+
+
 @pytest.mark.parametrize("name", COMPARED)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_the_published_numbers(name: str, layer: str) -> None:
@@ -46,14 +66,43 @@ def test_the_published_numbers(name: str, layer: str) -> None:
     if name == "ties_svd":
         knobs = {"scope": "tensor", "equal": "first", "weights_vote": False}
         value = ties(deltas, density=params["density"], weights=weights.tolist(), **knobs)
+    elif name == "dare_ties_svd":
+        kept = [one * mask / params["density"] for one, mask in zip(deltas, masks(name, layer), strict=True)]
+        value = ties(torch.stack(kept), density=1, weights=weights.tolist(), weights_vote=False)
     elif name == "magnitude_prune_svd":
         kept = [trim(one, density=params["density"], scope="tensor", equal="first") for one in deltas]
         value = sum(w * one for w, one in zip(weights, kept, strict=True))  # type: ignore[assignment]
     made, left, total = shortened(value, rank, exact=name == "cat")
     ours = made.left @ made.right
+    if name == "svd_clamp":
+        ours = clamped(made, params["svd_clamp"], tensors("mergers_peft", "peft/awa_svd_clamp")[1][f"{layer}.B"])
+        torch.testing.assert_close(ours.float(), theirs, rtol=1e-4, atol=1e-5)
+        return
     torch.testing.assert_close(ours.float(), theirs, rtol=1e-4, atol=1e-5)
     whole = value.left @ value.right if isinstance(value, Factors) else value
     assert math.sqrt(left / total) == pytest.approx(float((whole - ours).norm() / whole.norm()), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", CROSSED)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_our_steps_on_a_and_on_b_apart(name: str, layer: str) -> None:
+    """Each side has the root of an adapter's weight and scale; a negative weight's sign goes to A."""
+    inputs, outputs = tensors("mergers_peft", f"peft/awa_{name}")
+    params = CASES[f"peft/awa_{name}"]["params"]
+    factors = [w * a / r for w, a, r in zip(params["weights"], params["alphas"], params["ranks"], strict=True)]
+    density, layers = params.get("density"), [f"mask{k}" for k in range(12)][6 * LAYERS.index(layer) :]
+    for side, drawn in (("A", layers[:3]), ("B", layers[3:6])):
+        each = torch.stack([inputs[f"ad{k}.{layer}.{side}"] for k in range(3)])
+        roots = [math.copysign(math.sqrt(abs(f)), f if side == "A" else 1) for f in factors]
+        if name == "ties":
+            merged = ties(each, density=density, weights=roots, weights_vote=False, scope="tensor", equal="first")
+        else:
+            if name == "dare_linear":
+                each = torch.stack([one * inputs[m] / density for one, m in zip(each, drawn, strict=True)])
+            elif name == "magnitude_prune":
+                each = torch.stack([trim(one, density=density, scope="tensor", equal="first") for one in each])
+            merged = task_arithmetic(each, weights=roots)
+        torch.testing.assert_close(merged, outputs[f"{layer}.{side}"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", CROSSED)
@@ -66,8 +115,7 @@ def test_combining_a_and_b_apart_is_not_the_sum(name: str, layer: str) -> None:
 
 def test_every_case_is_compared_or_known() -> None:
     names = {case.removeprefix("peft/awa_") for case in CASES if "awa_" in case}
-    # clamped values are PEFT's own; dare_ties_svd is dare and ties, compared in golden/test_peft.py, and an svd as above
-    assert names == {*COMPARED, *CROSSED, "svd_clamp", "dare_ties_svd"}
+    assert names == {*COMPARED, *CROSSED}
 
 
 def test_how_far_peft_is_from_the_sum_of_unrelated_adapters(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
