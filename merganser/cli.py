@@ -686,6 +686,10 @@ def bench(
     ri: Annotated[
         str | None, typer.Option(help="With --study: knobs of the suite's own ri to change, such as 'ri(steps=100)'.")
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="With --study: one of its variations, such as 50 of steps; may be repeated."),
+    ] = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -697,13 +701,15 @@ def bench(
     settings |= {"inputs": inputs, "rows": rows, "protocol": protocol}
     if ri is not None and study is None:
         raise DataError("--ri changes what a study adapts with: give --study too")
+    if only and study is None:
+        raise DataError("--only chooses among the variations of a study: give --study too")
     suite = open_suite(name, **settings)
     if data is None and name in ("domains", "domainnet"):
         raise DataError(f"suite '{name}' needs --data FOLDER")
     if dry_run:
         from .dry_run import check_suite
 
-        return tell(check_suite(name, data, how, to, seeds, study=study, ri=ri, **settings), as_json)
+        return tell(check_suite(name, data, how, to, seeds, study=study, ri=ri, only=only or (), **settings), as_json)
     if name in ON_THE_HUB:
         from .suites.hub import located
 
@@ -714,7 +720,7 @@ def bench(
 
         chosen = studies.suite_of(name, suite)
         assert data is not None, "suites with studies are on the Hub, so there is a folder now"
-        found = studies.bench(chosen, data, to, study, seeds=seeds, how=how, ri=ri, progress=bars)
+        found = studies.bench(chosen, data, to, study, seeds=seeds, how=how, ri=ri, only=only or (), progress=bars)
         return show_study(found, as_json)
     path = suite.bench(data, to, how=how or None, seeds=seeds, experts_only=experts_only, progress=bars)
     if experts_only:

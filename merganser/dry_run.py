@@ -194,6 +194,7 @@ def check_suite(
     seeds: int = 1,
     study: str | None = None,
     ri: str | None = None,
+    only: Sequence[str] = (),
     **settings: Any,
 ) -> Findings:
     """Return all that will go wrong with `bench` of a suite, or of a study on it, or with `demo`."""
@@ -237,6 +238,11 @@ def check_suite(
         with found.gather("--data"):
             if study is not None or not how or any("|" in text and parse(text).adapt for text in how):
                 suite.SUITE.files(data)
+        with found.gather("--only"):
+            if study is not None and only:
+                from .suites import studies
+
+                studies.check_only(suite.SUITE, data, study, studies.words_of(suite.SUITE, ri), only)
     elif suite is not None:
         experts = list(getattr(suite, "NAMES", ()))
     sentences = list(how or written)

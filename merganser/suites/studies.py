@@ -10,7 +10,7 @@ are the same for all seeds; a seed is that of the inputs' order, of the rows hel
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from ..recipe import Recipe
 from ..run import run
 from ..sentence import find, knobs_of, parse
 from ..sweep import split_scale
-from .suite import Suite, recipe_for
+from .suite import Suite, drafted, recipe_for
 
 MERGERS = ("task_arithmetic", "ties", "tsv", "iso_c")
 STUDIED = ("text", "lora", "vision")
@@ -241,6 +241,7 @@ class Asked:
     seeds: int
     mergers: Sequence[str]
     progress: Progress
+    only: Sequence[str] = ()
 
     def key(self, seed: int) -> list[Any]:
         """Return what a score depends on beside weights and labelled rows."""
@@ -304,6 +305,27 @@ def mergers_of(asked: Study | Measured, how: Sequence[str] | None = None) -> lis
     return mergers
 
 
+def check_only(suite: Suite, data: str | Path, name: str, words: Words, only: Sequence[str]) -> None:
+    """Raise DataError for a variation that a study on these tasks has not got, before any expert is made."""
+    asked = open_study(name)
+    if only and isinstance(asked, Measured):
+        raise DataError(f"--only '{only[0]}': study '{name}' is measured as a whole; leave it out")
+    if only and isinstance(asked, Study):
+        chosen_of(asked.groups(drafted(suite, data, asked.mergers, suite.tasks(data)), words), only)
+
+
+def chosen_of(groups: Sequence[Group], only: Sequence[str]) -> list[Group]:
+    """Return the groups with the variations named in ``only``, all where it is empty. Raises DataError for another name."""
+    known = [label for group in groups for label in group.adapts]
+    for label in only:
+        if label not in known:
+            raise DataError(
+                f"--only '{label}': no such variation{did_you_mean(label, known)}; known: {', '.join(known)}"
+            )
+    left = [replace(g, adapts={k: v for k, v in g.adapts.items() if not only or k in only}) for g in groups]
+    return [group for group in left if group.adapts]
+
+
 def bench(
     suite: Suite,
     data: str | Path,
@@ -313,20 +335,22 @@ def bench(
     seeds: int = 3,
     how: Sequence[str] | None = None,
     ri: str | None = None,
+    only: Sequence[str] = (),
     progress: Progress = silent,
 ) -> Path:
     """Run the study ``name`` on a suite; return ``study.json``, beside which lies its figure.
 
-    ``how`` replaces the study's mergers, ``ri`` changes knobs of the suite's own ``ri``. Runs that are done are read
-    back. Raises DataError as `suite.bench` does.
+    ``how`` replaces the study's mergers, ``ri`` changes knobs of the suite's own ``ri``, ``only`` names the variations
+    that are asked for. Runs that are done are read back. Raises DataError as `suite.bench` does.
     """
     from ..report.figure import study_figure
 
     asked, words = open_study(name), words_of(suite, ri)
     mergers = mergers_of(asked, how)
+    check_only(suite, data, name, words, only)
     folder = Path(to)
     recipe = recipe_for(suite, data, mergers, progress=progress)
-    of = Asked(recipe, words, folder, seeds, mergers, progress)
+    of = Asked(recipe, words, folder, seeds, mergers, progress, only)
     if isinstance(asked, Measured):
         found = import_module(f".measured.{asked.module}", __package__).measure(of)
     else:
@@ -338,7 +362,9 @@ def bench(
         "axis": asked.axis,
         "title": f"{recipe.title.split(':')[0]}: {asked.question}",
         "date": time.strftime("%Y-%m-%d"),
-        "command": f"{recipe.command} --study {name} --seeds {seeds}" + (f" --ri '{ri}'" if ri else ""),
+        "command": f"{recipe.command} --study {name} --seeds {seeds}"
+        + (f" --ri '{ri}'" if ri else "")
+        + "".join(f" --only '{label}'" for label in only),
         "seeds": seeds,
         "mergers": mergers,
         **found,
@@ -350,7 +376,7 @@ def bench(
 
 def _varied(study: Study, asked: Asked) -> list[dict[str, Any]]:
     """Return what every variation of a study gave."""
-    mergers, groups = asked.mergers, study.groups(asked.recipe, asked.ri)
+    mergers, groups = asked.mergers, chosen_of(study.groups(asked.recipe, asked.ri), asked.only)
     found: dict[tuple[str, str], _Found] = {}
     seconds: dict[str, list[float]] = {}
     experts: dict[str, list[float]] = {}

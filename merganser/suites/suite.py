@@ -126,12 +126,27 @@ def recipe_for(
     progress: Progress = silent,
 ) -> Recipe:
     """Return the recipe of a suite on the tasks in ``data``, its experts made or found in the cache."""
+    tasks = suite.tasks(data)
+    recipe = drafted(suite, data, sentences, tasks, domains=domains, files=files)
+    experts = make_experts(suite, recipe, tasks, cache_folder() / suite.name, progress)
+    return recipe.model_copy(update={"experts": experts})
+
+
+def drafted(
+    suite: Suite,
+    data: str | Path,
+    sentences: Sequence[str],
+    tasks: Mapping[str, Task],
+    *,
+    domains: Mapping[str, Path] | None = None,
+    files: Sequence[Path] | None = None,
+) -> Recipe:
+    """Return the same recipe before any expert is made: in place of each stands the base."""
     for text in sentences:
         parse(text)
-    tasks, files = suite.tasks(data), files or suite.files(data)
-    base = suite.base()
+    files, base = files or suite.files(data), suite.base()
     name = "domains" if domains and suite.name != "domainnet" else suite.name
-    recipe = Recipe(
+    return Recipe(
         title=f"{name} suite: {len(tasks)} tasks, {suite.network}",
         command=f"merganser bench {name} --data {Path(data).name}" + (" --network conv" * (suite.network == "conv")),
         sentences=list(sentences),
@@ -144,8 +159,6 @@ def recipe_for(
         inputs=InputsPart(files=list(files), limit=suite.inputs),
         limits=suite.limits,
     )
-    experts = make_experts(suite, recipe, tasks, cache_folder() / suite.name, progress)
-    return recipe.model_copy(update={"experts": experts})
 
 
 def run_seeds(recipe: Recipe, to: Path, seeds: int, progress: Progress) -> Path:

@@ -90,6 +90,13 @@ def test_unknown_studies_and_adapting_mergers_are_told(tmp_path):
         studies.bench(text.SUITE, tmp_path, tmp_path / "out", "steps", ri="coadapt")
     with pytest.raises(SentenceError, match="steps"):
         words_of(text.SUITE, "ri(steps=-1)")
+    with pytest.raises(DataError, match="study 'proxy' is measured as a whole"):
+        studies.bench(text.SUITE, tmp_path, tmp_path / "out", "proxy", only=["tokens"])
+    groups = [Group("all", {"50": "ri(steps=50)", "300": "ri"}), Group("few", {"few": "ri"})]
+    with pytest.raises(DataError, match=r"'30': no such variation \(did you mean '300'\?\); known: 50, 300, few"):
+        studies.chosen_of(groups, ["50", "30"])
+    assert [g.adapts for g in studies.chosen_of(groups, ["300"])] == [{"300": "ri"}]
+    assert studies.chosen_of(groups, ()) == groups
 
 
 @needs_data
@@ -127,6 +134,12 @@ def test_a_small_study_runs_and_is_read_back(tmp_path, monkeypatch):
     written = {p: p.stat().st_mtime_ns for p in out.rglob("model.safetensors")}
     again = json.loads(studies.bench(short, data, out, "trial", seeds=2, how=how).read_text())
     assert again == told
+    one = json.loads(studies.bench(short, data, out, "trial", seeds=1, how=how, only=["longer"]).read_text())
+    assert [v["label"] for v in one["variations"]] == ["longer"]
+    assert "--only 'longer'" in one["command"]
+    with pytest.raises(DataError, match="'long': no such variation"):
+        studies.bench(short, data, tmp_path / "none", "trial", only=["long"])
+    assert not (tmp_path / "none").exists()
     assert {p: p.stat().st_mtime_ns for p in out.rglob("model.safetensors")} == written
 
 
