@@ -13,6 +13,9 @@ import merganser
 from merganser.card import digest
 from merganser.weights.open import open_weights
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning"
+)  # experts that are the base, models of nothing but integers
 NAMES = ["embed.weight", "layers.0.weight", "layers.1.weight", "layers.1.bias", "norm", "conv", "head.weight", "ids"]
 KINDS = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64]
 shapes = st.lists(st.integers(0, 5), max_size=4).map(tuple)
