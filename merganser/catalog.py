@@ -8,6 +8,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -126,11 +127,10 @@ def _parsed(path: Path, text: str, name: str) -> ast.Module:
 
 def _constants(tree: ast.Module) -> Iterator[tuple[str, Any]]:
     for node in tree.body:
-        if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            try:
-                yield node.targets[0].id, ast.literal_eval(node.value)
-            except ValueError:
-                continue
+        if isinstance(node, ast.Assign):
+            with suppress(ValueError):
+                value = ast.literal_eval(node.value)
+                yield from ((target.id, value) for target in node.targets if isinstance(target, ast.Name))
 
 
 def _value(node: ast.expr, constants: Mapping[str, Any]) -> Any:

@@ -19,9 +19,13 @@ if TYPE_CHECKING:
 
 TORCH = 220 << 20  # bytes that a process with torch has before it merges anything
 # nanoseconds of one core for an entry of one model, measured on an EPYC of 2025 with deltas in memory: reading it and
-# taking the difference; a step that is element-wise, one that draws random numbers, one that sees whole tensors; and
-# singular values, whose cost grows with the smaller side of the matrix
-READ, STREAM, RANDOM, WHOLE, SPECTRAL = 4.0, 4.0, 20.0, 40.0, 0.5
+# taking the difference; a step that is element-wise, one that draws random numbers, one that sees whole tensors
+READ, STREAM, RANDOM, WHOLE = 4.0, 4.0, 20.0, 40.0
+# the same for each unit of the matrix's smaller side, of steps about products of matrices: what tsv and dc take, and the
+# others' own; wudi's is that of its exact solution, and that of a step of its descent
+SPECTRAL = 0.15
+OWN = {"iso_c": 0.03, "esm": 0.05, "cart": 0.08, "iso_cts": 0.1, "knots": 0.4, "wudi": 0.45, "core": 1.0}
+DESCENT = 0.016
 DISK = 1.5e9  # bytes a second from a page cache or a good solid-state disk
 
 
@@ -95,8 +99,10 @@ def _cost(step: "Step", side: int) -> float:
         told = told_of(step.name)
     except MerganserError:  # a function of somebody's own
         return STREAM if step.elementwise else WHOLE
+    if step.name == "wudi" and step.knobs.get("solve", "adam") == "adam":
+        return DESCENT * side * step.knobs.get("steps", told.knobs["steps"])
     if told.cost == "spectral":
-        return SPECTRAL * side
+        return OWN.get(step.name, SPECTRAL) * side
     return RANDOM if "rng" in told.takes else STREAM if step.elementwise else WHOLE
 
 

@@ -12,6 +12,8 @@ from ..select import check_density, one_of
 
 Band = tuple[float, float, int, int]
 
+ELEMENTWISE = True
+
 
 def breadcrumbs(
     delta: Float[Tensor, "*shape"],
@@ -84,9 +86,6 @@ def passes(
         return select.lengths(deltas, [band[0] for band in bands], [band[1] for band in bands])
 
     return [coarse, fine, *([lengths] if rescale else [])] if min(shares) < 1 else []
-
-
-ELEMENTWISE = True
 
 
 def _ranks(size: int, density: float, gamma: float) -> tuple[int, int]:
