@@ -764,7 +764,7 @@ def _free_pieces(how: str) -> int | None:
 
 def main() -> None:
     """Run the command line."""
-    freed_goes_back(10 << 20, 4 << 20)
+    freed_goes_back(10 << 20, 16 << 20)
     # importing torch makes many objects and no rubbish: looking through them again and again is a tenth of it
     gc.set_threshold(100_000)
     try:

@@ -1,9 +1,13 @@
-"""Tensors side by side: one thread each, results in order, and never more in flight than the largest tensor needs."""
+"""Tensors side by side: one thread each, results in order, and never more in flight than the largest tensor needs.
+
+Where a large tensor keeps others from being begun, `beside` takes the threads that are idle for parts of its work.
+"""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -12,6 +16,45 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 ROOM = 1 << 25  # entries of all experts in flight that are always allowed, so that small models use all cores
+
+
+@dataclass(frozen=True)
+class Threads:
+    """The threads of a loop over tensors: a permit each, and a pool for those that help out."""
+
+    free: threading.Semaphore
+    helpers: ThreadPoolExecutor
+
+
+_mine: threading.local = threading.local()  # the `Threads` of the loop that this thread works for
+
+
+def beside(parts: Sequence[Callable[[], None]]) -> None:
+    """Do all parts of one tensor's work, those on idle threads that are to be had at once.
+
+    They may be done in any order and write to places of their own, so that it makes no difference to the result.
+    """
+    threads: Threads | None = getattr(_mine, "threads", None)
+    mine, handed = [parts[0]], []
+    for part in parts[1:]:
+        if threads is None or not threads.free.acquire(blocking=False):
+            mine.append(part)
+        else:
+            handed.append(threads.helpers.submit(_helping, threads.free, part))
+    try:
+        for part in mine:
+            part()
+    finally:
+        wait(handed)
+    for one in handed:
+        one.result()
+
+
+def _helping(free: threading.Semaphore, part: Callable[[], None]) -> None:
+    try:
+        part()
+    finally:
+        free.release()
 
 
 @contextmanager
@@ -44,7 +87,9 @@ def in_order(work: Callable[[T], R], items: Sequence[T], sizes: Sequence[int], w
     def guarded(item: T) -> R:
         if stop.is_set():
             raise RuntimeError("stopped")
-        return work(item)
+        _mine.threads = threads
+        with threads.free:
+            return work(item)
 
     def begin() -> None:
         while len(flying) < workers:
@@ -55,7 +100,8 @@ def in_order(work: Callable[[T], R], items: Sequence[T], sizes: Sequence[int], w
             waiting.remove(fitting)
             flying[pool.submit(guarded, items[fitting])] = fitting
 
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with pool_of(workers) as pool, pool_of(workers - 1) as helpers:
+        threads = Threads(threading.Semaphore(workers), helpers)
         try:
             for at in range(len(items)):
                 while at not in done:
@@ -66,3 +112,8 @@ def in_order(work: Callable[[T], R], items: Sequence[T], sizes: Sequence[int], w
                 yield done.pop(at).result()
         finally:
             stop.set()
+
+
+def pool_of(workers: int) -> ThreadPoolExecutor:
+    """Return a pool whose threads run every operation on themselves alone."""
+    return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))

@@ -5,14 +5,19 @@ its rounding, 1e-16 of the largest squared singular value, is far below NULL^2.
 """
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..parallel import beside
+
 NULL = 1e-6  # singular values below this share of the largest are rounding noise of fp32
 SETTLED, UNSAFE = 1e-4, 1e-1  # a correction this small leaves an error of about its square; this large, any error
 BAND = 256  # rows taken at a time
+WIDE = 2048  # a side from which on a product is done in two parts, where a thread is idle
+STRIPES = 8  # of columns, where a product is symmetric: nearly half of it need not be worked out
 ALIKE = 64  # times the least singular value
 FEW = 1 << 18  # entries copied at a time
 CONV = ("matrix", "mean")
@@ -126,11 +131,17 @@ def squares(talls: Iterable[Float[Tensor, "m n"]]) -> Float[Tensor, "n n"] | Non
     for tall in talls:
         if gram is None:
             n = tall.shape[1]
-            gram, width = torch.zeros(n, n, dtype=torch.float64, device=tall.device), max(64, -(-n // 4))
-        for rows in map(_as, tall.split(BAND)):
-            for a in range(0, n, width):
-                gram[a:, a : a + width].addmm_(rows[:, a:].mT, rows[:, a : a + width])
+            gram, width = torch.zeros(n, n, dtype=torch.float64, device=tall.device), _width(n)
+        starts = range(0, n, width)
+        shares = [starts] if n < WIDE else [starts[::2], starts[1::2]]
+        beside([partial(_add_squares, gram, tall, some, width) for some in shares])
     return None if gram is None else _mirrored(gram, width)
+
+
+def _add_squares(gram: Float[Tensor, "n n"], tall: Float[Tensor, "m n"], starts: Iterable[int], width: int) -> None:
+    for rows in map(_as, tall.split(BAND)):
+        for a in starts:
+            gram[a:, a : a + width].addmm_(rows[:, a:].mT, rows[:, a : a + width])
 
 
 def times(
@@ -150,9 +161,15 @@ def times(
     right = right.to(work)
     shape = (len(tall), right.shape[1])
     out = right.new_empty(shape[::-1], dtype=kind).mT if turned else right.new_empty(shape, dtype=kind)
-    for rows, to in zip(tall.split(BAND), out.split(BAND), strict=True):
-        to.copy_(_as(rows, work) @ right)
+    bands = list(zip(tall.split(BAND), out.split(BAND), strict=True))
+    shares = [bands] if min(right.shape) < WIDE or len(bands) == 1 else [bands[::2], bands[1::2]]
+    beside([partial(_multiply, some, right) for some in shares])
     return out
+
+
+def _multiply(bands: Iterable[tuple[Tensor, Tensor]], right: Tensor) -> None:
+    for rows, to in bands:
+        to.copy_(_as(rows, right.dtype) @ right)
 
 
 def _as(rows: Float[Tensor, "m n"], kind: torch.dtype = torch.float64) -> Float[Tensor, "m n"]:
@@ -216,7 +233,8 @@ def isotropic(x: Float[Tensor, "m n"], *, like: Tensor) -> Float[Tensor, "*shape
     wide = x.shape[0] < x.shape[1]
     tall = x.mT if wide else x
     s, q = _right(tall)
-    out = times(tall, _even(s, q), kind=like.dtype, work=_precision(s, len(q), like), turned=wide)
+    work = _precision(s, len(q), like)
+    out = times(tall, _even(s, q, work), kind=like.dtype, work=work, turned=wide)
     return (out.mT if wide else out).reshape(like.shape)
 
 
@@ -225,12 +243,12 @@ def _precision(s: Float[Tensor, " r"], n: int, like: Tensor) -> torch.dtype:
 
     It rounds every direction by 6e-8 of their root mean square, which is to be small beside the least: 2e-6 at most.
     """
-    alike = len(s) == n and s.square().mean().sqrt() < ALIKE * s[0]
+    alike = len(s) == n and not s.requires_grad and s.square().mean().sqrt() < ALIKE * s[0]
     return torch.promote_types(like.dtype, torch.float32) if alike else torch.float64
 
 
-def _even(s: Float[Tensor, " r"], q: Float[Tensor, "n r"]) -> Float[Tensor, "n n"]:
-    return _symmetric(q, s.sum() / len(q) / s)
+def _even(s: Float[Tensor, " r"], q: Float[Tensor, "n r"], work: torch.dtype) -> Float[Tensor, "n n"]:
+    return _symmetric(q.to(work), (s.sum() / len(q) / s).to(work))
 
 
 def _symmetric(q: Float[Tensor, "n r"], by: Float[Tensor, " r"]) -> Float[Tensor, "n n"]:
@@ -238,11 +256,15 @@ def _symmetric(q: Float[Tensor, "n r"], by: Float[Tensor, " r"]) -> Float[Tensor
     if q.requires_grad or by.requires_grad:
         return q * by @ q.mT
     n, weighed = len(q), q * by
-    width = max(64, -(-n // 4))
+    width = _width(n)
     out = q.new_empty(n, n)
     for a in range(0, n, width):
         torch.mm(weighed[a:], q[a : a + width].mT, out=out[a:, a : a + width])
     return _mirrored(out, width)
+
+
+def _width(n: int) -> int:
+    return max(64, -(-n // STRIPES))
 
 
 def _mirrored(square: Float[Tensor, "n n"], width: int) -> Float[Tensor, "n n"]:
@@ -269,18 +291,20 @@ def decorrelated(
     del triplets
     turned = len(u) < len(v)
     tall, small = (v, u) if turned else (u, v)
-    (even, work), (other, _) = _root(tall, like), _root(small, like)
-    out = times(tall, even * s @ (small @ other).mT, kind=like.dtype, work=work, turned=turned)
+    even, other = _root(tall, like), _root(small, like)
+    right = (small.to(other.dtype) @ other).to(even.dtype)
+    out = times(tall, even * s.to(even.dtype) @ right.mT, kind=like.dtype, work=even.dtype, turned=turned)
     return (out.mT if turned else out).reshape(like.shape)
 
 
-def _root(x: Float[Tensor, "m n"], like: Tensor) -> tuple[Float[Tensor, "n n"], torch.dtype]:
-    """Return ``(x^T x)^{-1/2}``, zero where x is null, so that ``polar(x)`` is x times it, and in which `_precision`."""
+def _root(x: Float[Tensor, "m n"], like: Tensor) -> Float[Tensor, "n n"]:
+    """Return ``(x^T x)^{-1/2}``, zero where x is null, so that ``polar(x)`` is x times it; in the dtype of `_precision`."""
     if x.shape[0] < x.shape[1]:
         _, q, s = polar_parts(x)
     else:
         s, q = _right(x)
-    return _symmetric(q, 1 / s), _precision(s, x.shape[1], like)
+    work = _precision(s, x.shape[1], like)
+    return _symmetric(q.to(work), (1 / s).to(work))
 
 
 def product(*factors: Tensor, like: Tensor) -> Float[Tensor, "*shape"]:

@@ -29,8 +29,8 @@ def knots(
     conv        "matrix": a convolution is ``[out, in * height * width]``; "mean": it passes unchanged
 
     Tensors that are not matrices pass unchanged (the published code drops them). Each basis vector's largest entry is
-    positive, which settles the sign. Computed in float64 from the smaller Gram matrix. Cost: cubic in min(out, T in),
-    on one core below a second at 768 and some ten seconds at 3072; keep tall embeddings out of it. A merge reads the
+    positive, which settles the sign. The basis is computed in float64 from the smaller Gram matrix. Cost: cubic in
+    min(out, T in), on one core below a second at 768 and some ten seconds at 3072; keep tall embeddings out of it. A merge reads the
     deltas one after another (`knots_in_turn`) and needs three times the Gram matrix beside their coordinates.
     Gradients are finite if singular values are distinct. Raises ValueError for a negative threshold or unknown conv.
     Source: Stoica et al., Model merging with SVD to tie the KnOTS (arXiv 2410.19735).
@@ -61,10 +61,17 @@ def knots_in_turn(
     _check(threshold)
     if not factored(shape[1:], conv) or shape[1] > shape[0] * math.prod(shape[2:]):
         return None
-    gram = squares(one.flatten(1).mT for one in deltas() if moved(one))
-    if gram is None:
+    basis = _basis(deltas, threshold)
+    if basis is None:
         return None
-    return _tied(_kept(*_left(gram), threshold), (one.flatten(1) for one in deltas()), shape)
+    held = [basis]
+    del basis  # handed on, not kept: in float64 it is the largest thing here
+    return _tied(held.pop(), (one.flatten(1) for one in deltas()), shape)
+
+
+def _basis(deltas: Callable[[], Iterator[Tensor]], threshold: float) -> Float[Tensor, "out r"] | None:
+    gram = squares(one.flatten(1).mT for one in deltas() if moved(one))
+    return None if gram is None else _kept(*_left(gram), threshold)
 
 
 def _left(gram: Float[Tensor, "out out"]) -> tuple[Float[Tensor, "out out"], Float[Tensor, " out"]]:
@@ -82,14 +89,18 @@ def _kept(u: Float[Tensor, "out n"], s: Float[Tensor, " n"], threshold: float) -
 def _tied(
     basis: Float[Tensor, "out r"], wide: Iterable[Float[Tensor, "out inner"]], shape: Sequence[int]
 ) -> tuple[Float[Tensor, "experts r inner"], Callable[[Tensor], Tensor]]:
-    """Return the coordinates of deltas as they come, and the way back."""
-    found = (times(one.mT, basis, kind=one.dtype, turned=True).mT for one in wide)
+    """Return the coordinates of deltas as they come, and the way back.
+
+    Both are products with an orthonormal basis, whose rounding to fp32 is as small beside each delta as its own.
+    """
     if basis.requires_grad:
-        coords = torch.stack(list(found))
+        coords = torch.stack([(basis.mT @ one.double()).to(one.dtype) for one in wide])
     else:
-        for t, one in enumerate(found):
-            coords = one.new_empty(shape[0], *one.shape) if t == 0 else coords
-            coords[t] = one
+        for t, one in enumerate(wide):
+            if t == 0:
+                basis = basis.to(torch.promote_types(one.dtype, torch.float32))
+                coords = one.new_empty(shape[0], basis.shape[1], one.shape[1])
+            coords[t] = times(one.mT, basis, kind=one.dtype, work=basis.dtype, turned=True).mT
     basis = basis.to(coords.dtype)
     return coords, lambda merged: (basis @ merged.to(basis.dtype)).reshape(shape[1:])
 
