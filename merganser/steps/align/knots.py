@@ -30,8 +30,8 @@ def knots(
 
     Tensors that are not matrices pass unchanged (the published code drops them). Each basis vector's largest entry is
     positive, which settles the sign. The basis is computed in float64 from the smaller Gram matrix. Cost: cubic in
-    min(out, T in), on one core below a second at 768 and some ten seconds at 3072; keep tall embeddings out of it. A merge reads the
-    deltas one after another (`knots_in_turn`) and needs three times the Gram matrix beside their coordinates.
+    min(out, T in), on one core below a second at 768 and some ten seconds at 3072; keep tall embeddings out of it. A merge
+    reads the deltas one after another (`knots_in_turn`) and needs three times the Gram matrix beside their coordinates.
     Gradients are finite if singular values are distinct. Raises ValueError for a negative threshold or unknown conv.
     Source: Stoica et al., Model merging with SVD to tie the KnOTS (arXiv 2410.19735).
     """
