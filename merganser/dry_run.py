@@ -239,7 +239,7 @@ def check_suite(
             if study is not None or not how or any("|" in text and parse(text).adapt for text in how):
                 suite.SUITE.files(data)
         with found.gather("--only"):
-            if study is not None and only:
+            if study is not None:
                 from .suites import studies
 
                 studies.check_only(suite.SUITE, data, study, studies.words_of(suite.SUITE, ri), only)

@@ -307,11 +307,12 @@ def mergers_of(asked: Study | Measured, how: Sequence[str] | None = None) -> lis
 
 def check_only(suite: Suite, data: str | Path, name: str, words: Words, only: Sequence[str]) -> None:
     """Raise DataError for a variation that a study on these tasks has not got, before any expert is made."""
+    if not only:
+        return
     asked = open_study(name)
-    if only and isinstance(asked, Measured):
+    if isinstance(asked, Measured):
         raise DataError(f"--only '{only[0]}': study '{name}' is measured as a whole; leave it out")
-    if only and isinstance(asked, Study):
-        chosen_of(asked.groups(drafted(suite, data, asked.mergers, suite.tasks(data)), words), only)
+    chosen_of(asked.groups(drafted(suite, data, asked.mergers, suite.tasks(data)), words), only)
 
 
 def chosen_of(groups: Sequence[Group], only: Sequence[str]) -> list[Group]:

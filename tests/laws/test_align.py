@@ -5,6 +5,7 @@ import importlib
 import math
 import pkgutil
 import sys
+import tempfile
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -300,18 +301,48 @@ def test_every_table_is_well_formed() -> None:
         assert all(isinstance(axis, int) for axis in [*table["all"].values(), *table.get("if_present", {}).values()])
 
 
+@networks
+@given(seed=st.integers(0, 10**6), experts=st.integers(1, 4), power=st.integers(-8, 8), data=st.data())
+@fast
+def test_renumbering_has_the_laws_of_an_align_step(
+    shapes: dict, net: Any, spec: str, seed: int, experts: int, power: int, data: st.DataObject
+) -> None:
+    """Same bytes again; experts that are the base stay; scaled and identical ones are renumbered alike; to the base, in
+    any order."""
+    base, many = random_model(seed, shapes), [random_model(seed + 100 * (e + 1), shapes) for e in range(experts)]
+    order = data.draw(st.permutations(range(experts)))
+    first, to_base = aligned(many, None, spec=spec), aligned(many, base, spec=spec, to="base")
+    again, still = aligned(many, None, spec=spec), aligned([base] * experts, base, spec=spec, to="base")
+    scaled = aligned([{n: w * 2.0**power for n, w in one.items()} for one in many], None, spec=spec)
+    turned = aligned([many[t] for t in order], base, spec=spec, to="base")
+    alike = aligned([many[0]] * experts, base, spec=spec, to="base")
+    for name in shapes:
+        for k in range(experts):
+            assert torch.equal(again[k][name], first[k][name])
+            assert torch.equal(still[k][name], base[name])
+            assert torch.equal(scaled[k][name], first[k][name] * 2.0**power)
+            assert torch.equal(turned[k][name], to_base[order[k]][name])
+            assert torch.equal(alike[k][name], to_base[0][name])
+
+
 @pytest.mark.parametrize("how", ["permute | average", "permute | ties(density=0.5)"])
-def test_in_memory_on_disk_and_in_parts_a_network_is_renumbered_alike(tmp_path: Path, how: str) -> None:
-    models = {f"m{e}": random_model(100 * e, BLOCK) for e in range(3)}
-    for name, weights in models.items():
-        merganser.save(weights, tmp_path / name)
-    base, *experts = (tmp_path / name for name in models)
-    memory = merge(base, experts, how, seed=3)
-    merge(base, experts, how, seed=3, into=tmp_path / "out")
-    for k in (2, 1):
-        merge(base, experts, how, seed=3, into=tmp_path / "parts", part=(k, 2))
-    merganser.join(tmp_path / "parts")
-    files = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("out", "parts")]
-    assert files[0] == files[1]
-    on_disk = merganser.open_weights(tmp_path / "out")
-    assert all(torch.equal(memory[name], on_disk[name]) for name in BLOCK)
+@given(seed=st.integers(0, 10**6), parts=st.integers(1, 4), data=st.data())
+@settings(max_examples=4, deadline=None)
+def test_in_memory_on_disk_and_in_parts_a_network_is_renumbered_alike(
+    how: str, seed: int, parts: int, data: st.DataObject
+) -> None:
+    models = {f"m{e}": random_model(seed + 100 * e, BLOCK) for e in range(3)}
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        for name, weights in models.items():
+            merganser.save(weights, root / name)
+        base, *experts = (root / name for name in models)
+        memory = merge(base, experts, how, seed=seed)
+        merge(base, experts, how, seed=seed, into=root / "out")
+        for k in data.draw(st.permutations(range(1, parts + 1))):
+            merge(base, experts, how, seed=seed, into=root / "parts", part=(k, parts))
+        merganser.join(root / "parts")
+        files = [(root / one / "model.safetensors").read_bytes() for one in ("out", "parts")]
+        assert files[0] == files[1]
+        on_disk = merganser.open_weights(root / "out")
+        assert all(torch.equal(memory[name], on_disk[name]) for name in BLOCK)

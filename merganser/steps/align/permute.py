@@ -3,6 +3,7 @@
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from functools import cache
 from itertools import count, repeat
 from pathlib import Path
@@ -95,7 +96,7 @@ def _orders(
         if model is first:  # the reference keeps its order
             by_expert.append([torch.arange(model[name].shape[axis]) for name, axis in map(_member, chain)])
         else:
-            by_expert.append(match(first, model, chain, visits(len(chain), rng)))
+            by_expert.append(match(first, model, chain, visits(len(chain), deepcopy(rng))))  # for each the same
     return [torch.stack(orders) for orders in zip(*by_expert, strict=True)]
 
 
