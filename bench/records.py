@@ -6,8 +6,8 @@
 
 docs/results/records.toml lists the records: ``title``, ``kind`` ("suite": a run's scores.json, "speed": what
 merge_speed.py writes, "peers": what peers/accuracy.py writes, "study": a study.json, "rows": a table in the file
-itself), ``file``, ``command``, ``about`` (before the tables), ``notes`` (after them), and for a suite ``by_task`` (true: with
-a table task by task).
+itself), ``file``, ``command``, ``about`` (before the tables), ``notes`` (after them), for a suite ``by_task`` (true: with a
+table task by task), and for a study ``written`` (true: with a table of scales as written).
 
 README.md and the pages in docs show results between two comments, "results: FILE" and "end of results", which this
 fills with the gains of a suite's tuned rows, or of a study.
@@ -211,6 +211,22 @@ def study(told: Told) -> str:
     return f"{about}\n\n{table(head, lines)}"
 
 
+def scales_of(told: Told) -> str:
+    """Return a line for each variation and merger of a study: what the scale as written is behind the best one."""
+    lines = []
+    for one in told["variations"]:
+        for merger in told["mergers"]:
+            best, written = one["mergers"][merger], one["mergers"][merger]["written"]
+            gaps = [
+                f"{points(written[w])}, {points(best[w])}, {signed(best[w] - written[w])}" for w in ("without", "with")
+            ]
+            lines.append([
+                one["label"], f"`{merger}`", f"{written['scales'][0][0]:g}", *gaps, gain_of(written["gain"]),
+            ])  # fmt: skip
+    head = [told["axis"], "merger", "scale as written", "without: as written, chosen, gap", "with: the same"]
+    return table([*head, "gain as written [95 % interval]"], lines)
+
+
 def study_cell(cell: Told) -> str:
     share = "" if cell["recovered"] is None else f", {100 * cell['recovered']:.0f} %"
     return f"{points(cell['without'])} -> {points(cell['with'])}, {gain_of(cell['gain'])}{share}"
@@ -276,6 +292,8 @@ def written() -> dict[Path, str]:
         body = [f"    {record['command']}", record.get("about", "").strip(), KINDS[record["kind"]](told)]
         if record.get("by_task"):
             body += ["Task by task, and in the union of all tasks' classes (hits@1, mean over tasks):", by_task(told)]
+        if record.get("written"):
+            body += ["Scales as written, and chosen on validation:", scales_of(told)]
         body.append(record.get("notes", "").strip())
         text = "\n\n".join(part for part in body if part) + "\n"
         title = f"{record['title']} ({record['date']})"

@@ -217,7 +217,7 @@ def check_suite(
                 "study": f"{study}: {asked.question}",
                 "ri": studies.words_of(studies.suite_of(name, suite), ri)(),
             }
-            how = studies.mergers_of(asked, how)
+            how = list(studies.mergers_of(asked, how))
     experts: list[str] = []
     written: Sequence[str] = suite.SENTENCES if suite is not None else []
     if settings.get("models") is not None and hasattr(suite, "checkpoints"):  # without folders it would ask the Hub

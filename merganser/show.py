@@ -78,19 +78,27 @@ def show_study(path: Path, as_json: bool) -> None:
     if "rows" in told:
         return _show_rows(told, path)
     console = _console()
-    title = f"{told['title']} Percent with adapting (gain, 95 % interval), scale chosen on validation, {told['seeds']} seeds"
-    table = _table(title=title, title_justify="left")
+    if not console.is_terminal:
+        console.width = max(console.width, 24 + 30 * (1 + len(told["mergers"])))
+    _show_variations(
+        console, told, f"{told['title']} Percent with adapting (gain, 95 % interval), scale chosen on validation"
+    )
+    _show_variations(console, told, "The same, scale as written", "written")
+    console.print(f"figure: {path.with_suffix('.svg')}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _show_variations(console: Any, told: Mapping[str, Any], title: str, part: str | None = None) -> None:
+    """Print a line a variation; ``part``: what stands under this word with each merger."""
+    table = _table(title=f"{title}, {told['seeds']} seeds", title_justify="left")
     table.add_column(told["axis"], no_wrap=True)
     for merger in told["mergers"]:
         table.add_column(merger, justify="right")
     table.add_column("seconds an expert", justify="right")
     for one in told["variations"]:
-        cells = [study_cell(one["mergers"][merger]) for merger in told["mergers"]]
-        table.add_row(one["label"], *cells, f"{one['seconds']:.0f}")
-    if not console.is_terminal:
-        console.width = max(console.width, 24 + 30 * (1 + len(told["mergers"])))
+        cells = [one["mergers"][merger] for merger in told["mergers"]]
+        shown = [study_cell(cell[part] if part else cell) for cell in cells]
+        table.add_row(one["label"], *shown, f"{one['seconds']:.0f}")
     console.print(table)
-    console.print(f"figure: {path.with_suffix('.svg')}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _show_rows(told: Mapping[str, Any], path: Path) -> None:

@@ -81,7 +81,7 @@ class Student:
         @torch.no_grad()
         def held() -> dict[str, float]:
             sums: dict[str, float] = {}
-            for at in split.kept.split(128):
+            for at in split.checked:
                 value, terms = loss(at)
                 for name, term in {"loss": value, **terms}.items():
                     sums[name] = sums.get(name, 0.0) + term.item() * len(at) / len(split.kept)
@@ -98,13 +98,19 @@ class Student:
 
 
 class Split:
-    """Which inputs are held out (``kept``), which the steps will see (``used``), and the batch at each step."""
+    """Which inputs are held out (``kept``), which the steps will see (``used``), and the batch at each step.
+
+    ``checked``: those held out in the parts they are scored in, texts of like length together.
+    """
 
     def __init__(self, inputs: Any, steps: int, batch: int, held_out: float, seed: int):
         shuffled = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))
         k = min(256, int(held_out * len(inputs)))
         self.kept, self.pool = shuffled.split([k, len(inputs) - k])
         lengths = getattr(inputs, "lengths", None)
+        if lengths is not None:  # padded to the longest of a random many, they would cost four times as much
+            self.kept = self.kept[torch.argsort(lengths[self.kept], stable=True)]
+        self.checked = list(self.kept.split(128 if lengths is None else 32))
         n = len(self.pool)
         self.inner = Order(n, min(batch, n), seed, None if lengths is None else lengths[self.pool])
         some = steps * batch < n
@@ -125,9 +131,10 @@ class Halves:
         halves = [Split(Subset(inputs, rows), steps, max(1, batch // 2), held_out, seed) for rows in at]
         self.at, self.halves = at, halves
         self.everything = self._both([half.everything for half in halves])
-        kept = self._both([half.kept for half in halves])
-        mixed = torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed))
-        self.kept = kept[mixed]  # so that every part of it has both kinds
+        self.kept = self._both([half.kept for half in halves])
+        few = max(1, min(-(-len(self.kept) // 128), *(len(half.kept) for half in halves)))
+        parts = [half.kept.tensor_split(few) for half in halves]  # so that every part has both kinds
+        self.checked = [self._both(list(both)) for both in zip(*parts, strict=True)]
 
     def _both(self, parts: list[Tensor]) -> Tensor:
         return torch.cat([rows[part] for rows, part in zip(self.at, parts, strict=True)])

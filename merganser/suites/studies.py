@@ -3,8 +3,9 @@
     FOLDER/seed-K/GROUP/    a run of each group of variations, resumable like any run
     FOLDER/study.json       what they found together;  FOLDER/study.svg, its picture
 
-Every variation is compared with the same mergers without adapting, scale chosen on validation both times. The experts
-are the same for all seeds; a seed is that of the inputs' order, of the rows held out, and of mergers that draw.
+Every variation is compared with the same mergers without adapting, scale chosen on validation both times, and as written
+(``written``). The experts are the same for all seeds; a seed is that of the inputs' order, of the rows held out, and of
+mergers that draw.
 """
 
 import shutil
@@ -29,7 +30,8 @@ from ..sentence import find, knobs_of, parse
 from ..sweep import split_scale
 from .suite import Suite, drafted, recipe_for
 
-MERGERS = ("task_arithmetic", "ties", "tsv", "iso_c")
+SUM = "task_arithmetic | scale(by=0.3)"  # as it is published
+MERGERS = (SUM, "ties", "tsv", "iso_c")
 STUDIED = ("text", "lora", "vision")
 Change = Callable[[Recipe], Recipe]
 
@@ -175,13 +177,15 @@ def _aware(_recipe: Recipe, ri: Words) -> Sequence[Group]:
 
 
 def _together(_recipe: Recipe, ri: Words) -> Sequence[Group]:
+    """As many steps of ``ri`` as both words have together stand beside them."""
+    steps = ri.own.get("steps", knobs_of(find("ri")[1])["steps"])
     both = f"{ri()} | {ri.coadapt()}"
-    return [Group("all", {"ri": ri(), "ri, 600 steps": ri(steps=600), "ri, then coadapt": both})]
+    return [Group("all", {"ri": ri(), f"ri, {2 * steps} steps": ri(steps=2 * steps), "ri, then coadapt": both})]
 
 
 STUDIES: dict[str, Study] = {
     "tasks": Study("How does the gain grow with the number of tasks?", "tasks", _counts),
-    "steps": Study("How many steps are enough?", "steps an expert", _knob("steps", (50, 100, 300, 1000))),
+    "steps": Study("How many steps are enough?", "steps an expert", _knob("steps", (10, 25, 50, 100, 300, 1000))),
     "amount": Study("How many unlabeled inputs are enough?", "unlabeled inputs", _amounts),
     "sources": Study("Which unlabeled inputs help?", "source", _sources),
     "distance": Study(
@@ -206,8 +210,8 @@ STUDIES: dict[str, Study] = {
         "Does it help every merger?",
         "merger",
         lambda _recipe, ri: [Group("all", {"ri": ri()})],
-        ("average", "task_arithmetic", "ties", "dare(keep=0.2) | ties", "knots | ties", "consensus", "magmax", "pcb",
-         "breadcrumbs | task_arithmetic", "tsv", "iso_c", "iso_cts", "dc"),
+        ("average", SUM, "ties", "dare(keep=0.2) | ties", "knots | ties", "consensus", "magmax", "pcb",
+         f"breadcrumbs | {SUM}", "tsv", "iso_c", "iso_cts", "dc"),
     ),
 }  # fmt: skip
 
@@ -223,25 +227,30 @@ class Measured:
 
 
 MEASURED: dict[str, Measured] = {
-    "baselines": Measured(
-        "What else can be done with the same unlabeled inputs?", "way", "baselines", ("task_arithmetic", "tsv")
-    ),
+    "baselines": Measured("What else can be done with the same unlabeled inputs?", "way", "baselines", (SUM, "tsv")),
     "proxy": Measured("Which unlabeled inputs help, before anything is trained?", "source", "proxy"),
-    "transfer": Measured("Does adapting cost positive transfer?", "pair", "transfer", ("task_arithmetic",)),
+    "transfer": Measured("Does adapting cost positive transfer?", "pair", "transfer", (SUM,)),
 }
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a study is asked of: the suite's recipe, its ``ri``, and where what was found is kept."""
+    """What a study is asked of: the suite's recipe, its ``ri``, and where what was found is kept.
+
+    ``written``: for each merger, without a scale, its sentence as it was written.
+    """
 
     recipe: Recipe
     ri: Words
     folder: Path
     seeds: int
-    mergers: Sequence[str]
+    written: Mapping[str, str]
     progress: Progress
     only: Sequence[str] = ()
+
+    @property
+    def mergers(self) -> list[str]:
+        return list(self.written)
 
     def key(self, seed: int) -> list[Any]:
         """Return what a score depends on beside weights and labelled rows."""
@@ -297,9 +306,12 @@ def suite_of(name: str, opened: Any) -> Suite:
     return opened.SUITE
 
 
-def mergers_of(asked: Study | Measured, how: Sequence[str] | None = None) -> list[str]:
-    """Return the merging sentences of a study, or ``how`` instead, without scales. Raises DataError where one adapts."""
-    mergers = [str(split_scale(parse(text)).sentence) for text in how or asked.mergers]
+def mergers_of(asked: Study | Measured, how: Sequence[str] | None = None) -> dict[str, str]:
+    """Return the merging sentences of a study, or ``how`` instead, by themselves without scales.
+
+    Raises DataError where one adapts.
+    """
+    mergers = {str(split_scale(parse(text)).sentence): str(parse(text)) for text in how or asked.mergers}
     if adapting := [text for text in mergers if parse(text).adapt]:
         raise DataError(f"--how '{adapting[0]}': a study adapts by itself; give what comes after, such as ties")
     return mergers
@@ -350,7 +362,7 @@ def bench(
     mergers = mergers_of(asked, how)
     check_only(suite, data, name, words, only)
     folder = Path(to)
-    recipe = recipe_for(suite, data, mergers, progress=progress)
+    recipe = recipe_for(suite, data, list(mergers), progress=progress)
     of = Asked(recipe, words, folder, seeds, mergers, progress, only)
     if isinstance(asked, Measured):
         found = import_module(f".measured.{asked.module}", __package__).measure(of)
@@ -367,7 +379,7 @@ def bench(
         + (f" --ri '{ri}'" if ri else "")
         + "".join(f" --only '{label}'" for label in only),
         "seeds": seeds,
-        "mergers": mergers,
+        "mergers": list(mergers),
         **found,
     }
     write_json(folder / "study.json", told)
@@ -379,29 +391,36 @@ def _varied(study: Study, asked: Asked) -> list[dict[str, Any]]:
     """Return what every variation of a study gave."""
     mergers, groups = asked.mergers, chosen_of(study.groups(asked.recipe, asked.ri), asked.only)
     found: dict[tuple[str, str], _Found] = {}
+    written: dict[tuple[str, str], _Found] = {}
     seconds: dict[str, list[float]] = {}
     experts: dict[str, list[float]] = {}
     places: list[Path] = []
     for seed in range(asked.seeds):
         for group in groups:
             place = asked.folder / f"seed-{seed}" / slug(group.name)
-            words = [_asked_with(how, m) + f" | {m}" for how in group.adapts.values() for m in mergers]
-            rows = _rows(asked, group.change(asked.recipe), [*mergers, *words], place, places, seed)
+            plain = asked.written
+            words = [_asked_with(how, m) + f" | {plain[m]}" for how in group.adapts.values() for m in mergers]
+            rows = _rows(asked, group.change(asked.recipe), [*plain.values(), *words], place, places, seed)
+            best, told = _chosen(rows), _chosen([row for row in rows if not row.tuned])
             top = (read_json(place / "scores.json") or {})["experts"]["mean"]["score"]
             for label, adapt in group.adapts.items():
                 experts.setdefault(label, []).append(top)
                 by = {m: _adapt_of(_asked_with(adapt, m)) for m in mergers}
                 seconds.setdefault(label, []).append(float(np.mean([_adapting(place, by[m]) for m in mergers])))
                 for merger in mergers:
-                    pair = rows[None, merger], rows[by[merger], merger]
-                    found.setdefault((label, merger), _Found()).pairs.append(pair)
+                    for pairs, chosen in ((found, best), (written, told)):
+                        pair = chosen[None, merger], chosen[by[merger], merger]
+                        pairs.setdefault((label, merger), _Found()).pairs.append(pair)
     return [
         {
             "label": label,
             "adapt": adapt,
             "experts": float(np.mean(experts[label])),
             "seconds": float(np.mean(seconds[label])),
-            "mergers": {m: found[label, m].told(experts[label]) for m in mergers},
+            "mergers": {
+                m: found[label, m].told(experts[label]) | {"written": written[label, m].told(experts[label])}
+                for m in mergers
+            },
         }
         for group in groups
         for label, adapt in group.adapts.items()
@@ -413,19 +432,20 @@ def paired(
 ) -> dict[str, tuple[Scores, Scores]]:
     """Return what each merger scores without and with the suite's ``ri``, on a recipe changed from the suite's."""
     how = asked.ri()
-    rows = _rows(asked, recipe, [*asked.mergers, *(f"{how} | {m}" for m in asked.mergers)], place, places, seed)
+    plain = asked.written.values()
+    rows = _chosen(_rows(asked, recipe, [*plain, *(f"{how} | {m}" for m in plain)], place, places, seed))
     return {m: (rows[None, m].scores, rows[_adapt_of(how), m].scores) for m in asked.mergers}
 
 
 def _rows(
     asked: Asked, recipe: Recipe, sentences: Sequence[str], place: Path, places: list[Path], seed: int
-) -> dict[tuple[str | None, str], Row]:
-    """Run a recipe in ``place``, with what was scored in the ``places`` before it, which it joins; return chosen rows."""
+) -> list[Row]:
+    """Run a recipe in ``place``, with what was scored in the ``places`` before it, which it joins; return its rows."""
     for earlier in places:
         _share(earlier / "rows", place / "rows")
     places.append(place)
     run(_as(recipe, list(dict.fromkeys(sentences)), seed), place, progress=asked.progress)
-    return _chosen(rows_in(place))
+    return rows_in(place)
 
 
 def _share(first: Path, place: Path) -> None:

@@ -120,6 +120,15 @@ def test_a_small_study_runs_and_is_read_back(tmp_path, monkeypatch):
             cell = one["mergers"][merger]
             assert len(cell["by_seed"]) == len(cell["scales"]) == 2
             assert cell["gain"]["score"] == pytest.approx(cell["with"] - cell["without"])
+            scale = {"average": 1, "task_arithmetic": 0.3}[merger]
+            assert cell["written"]["scales"] == [[scale, scale]] * 2
+            assert cell["written"]["gain"]["score"] == pytest.approx(
+                cell["written"]["with"] - cell["written"]["without"]
+            )
+            if merger == "average":  # which has no scale to choose
+                assert cell["written"] == {k: v for k, v in cell.items() if k != "written"}
+            else:
+                assert cell["written"]["without"] != cell["without"]
     for seed, reused in ((0, False), (1, True)):  # what no seed can change is scored once
         stages = json.loads((out / f"seed-{seed}" / "few" / "run.json").read_text())["stages"]
         assert {s["reused"] for s in stages if s["name"] in ("score average", "score base and experts")} == {reused}
