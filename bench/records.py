@@ -7,7 +7,8 @@
 docs/results/records.toml lists the records: ``title``, ``kind`` ("suite": a run's scores.json, "speed": what
 merge_speed.py writes, "peers": what peers/accuracy.py writes, "study": a study.json, "rows": a table in the file
 itself), ``file``, ``command``, ``about`` (before the tables), ``notes`` (after them), for a suite ``by_task`` (true: with a
-table task by task), and for a study ``written`` (true: with a table of scales as written).
+table task by task), and for a study ``written`` (true: with a table of scales as written) and ``over`` (true: with
+what variations give over the first).
 
 README.md and the pages in docs show results between two comments, "results: FILE" and "end of results", which this
 fills with the gains of a suite's tuned rows, or of a study.
@@ -227,6 +228,15 @@ def scales_of(told: Told) -> str:
     return table([*head, "gain as written [95 % interval]"], lines)
 
 
+def over_first(told: Told) -> str:
+    """Return a line for each further variation of a study: what it gives over the first, paired."""
+    first, *more = told["variations"]
+    lines = [
+        [one["label"], *(gain_of(one["mergers"][merger]["over"]["gain"]) for merger in told["mergers"])] for one in more
+    ]
+    return table([f"over {first['label']}", *(f"`{merger}`" for merger in told["mergers"])], lines)
+
+
 def study_cell(cell: Told) -> str:
     share = "" if cell["recovered"] is None else f", {100 * cell['recovered']:.0f} %"
     return f"{points(cell['without'])} -> {points(cell['with'])}, {gain_of(cell['gain'])}{share}"
@@ -292,6 +302,8 @@ def written() -> dict[Path, str]:
         body = [f"    {record['command']}", record.get("about", "").strip(), KINDS[record["kind"]](told)]
         if record.get("by_task"):
             body += ["Task by task, and in the union of all tasks' classes (hits@1, mean over tasks):", by_task(told)]
+        if record.get("over"):
+            body += ["Over the first variation, paired [95 % interval]:", over_first(told)]
         if record.get("written"):
             body += ["Scales as written, and chosen on validation:", scales_of(told)]
         body.append(record.get("notes", "").strip())

@@ -4,8 +4,8 @@
     FOLDER/study.json       what they found together;  FOLDER/study.svg, its picture
 
 Every variation is compared with the same mergers without adapting, scale chosen on validation both times, and as written
-(``written``). The experts are the same for all seeds; a seed is that of the inputs' order, of the rows held out, and of
-mergers that draw.
+(``written``), and with the first variation (``over``). The experts are the same for all seeds; a seed is that of the
+inputs' order, of the rows held out, and of mergers that draw.
 """
 
 import shutil
@@ -180,7 +180,7 @@ def _together(_recipe: Recipe, ri: Words) -> Sequence[Group]:
     """As many steps of ``ri`` as both words have together stand beside them."""
     steps = ri.own.get("steps", knobs_of(find("ri")[1])["steps"])
     both = f"{ri()} | {ri.coadapt()}"
-    return [Group("all", {"ri": ri(), f"ri, {2 * steps} steps": ri(steps=2 * steps), "ri, then coadapt": both})]
+    return [Group("all", {f"ri, {2 * steps} steps": ri(steps=2 * steps), "ri": ri(), "ri, then coadapt": both})]
 
 
 STUDIES: dict[str, Study] = {
@@ -271,24 +271,38 @@ def kept(place: Path, name: str, key: Any, work: Callable[[], Scores]) -> Row:
 
 @dataclass
 class _Found:
-    """What one variation gave with one merger: rows without and with adapting, a pair a seed."""
+    """What one variation gave with one merger: rows without and with adapting, a pair a seed, at the scale chosen on
+    validation and (``written``) at that of the sentence.
+    """
 
     pairs: list[tuple[Row, Row]] = field(default_factory=list)
+    written: list[tuple[Row, Row]] = field(default_factory=list)
 
-    def told(self, experts: Sequence[float]) -> dict[str, Any]:
-        """Return means over seeds; the interval of the gain is over test examples, paired, seeds averaged first."""
-        without = [a.scores.mean for a, _ in self.pairs]
-        gain = gained([(a.scores, b.scores) for a, b in self.pairs])
-        by_seed = gain.pop("each")
-        lost = float(np.mean(experts) - np.mean(without))
-        return {
-            "without": float(np.mean(without)),
-            "with": float(np.mean([b.scores.mean for _, b in self.pairs])),
-            "scales": [[a.scale, b.scale] for a, b in self.pairs],
-            "gain": gain,
-            "by_seed": by_seed,
-            "recovered": gain["score"] / lost if lost > 0 else None,
-        }
+    def told(self, experts: Sequence[float], first: "_Found | None" = None) -> dict[str, Any]:
+        """Return means over seeds, and what adapting so gives over adapting as the ``first`` variation does (``over``)."""
+        told = _told(self.pairs, experts)
+        if self.written:
+            told["written"] = _told(self.written, experts)
+        adapted = [(a, b) for (_, a), (_, b) in zip(first.pairs if first else [], self.pairs, strict=False)]
+        if first is not self and adapted and all(a.scores.keys() == b.scores.keys() for a, b in adapted):
+            told["over"] = _gain(adapted)
+        return told
+
+
+def _told(pairs: Sequence[tuple[Row, Row]], experts: Sequence[float]) -> dict[str, Any]:
+    without, with_ = (float(np.mean([pair[k].scores.mean for pair in pairs])) for k in (0, 1))
+    told = _gain(pairs)
+    lost = float(np.mean(experts)) - without
+    scales = [[a.scale, b.scale] for a, b in pairs]
+    recovered = told["gain"]["score"] / lost if lost > 0 else None
+    return {"without": without, "with": with_, "scales": scales, **told, "recovered": recovered}
+
+
+def _gain(pairs: Sequence[tuple[Row, Row]]) -> dict[str, Any]:
+    """Return what the second of each pair scores more; the interval is over test examples, paired, seeds averaged first."""
+    gain = gained([(a.scores, b.scores) for a, b in pairs])
+    each = gain.pop("each")
+    return {"gain": gain, "by_seed": each}
 
 
 def open_study(name: str) -> Study | Measured:
@@ -391,7 +405,6 @@ def _varied(study: Study, asked: Asked) -> list[dict[str, Any]]:
     """Return what every variation of a study gave."""
     mergers, groups = asked.mergers, chosen_of(study.groups(asked.recipe, asked.ri), asked.only)
     found: dict[tuple[str, str], _Found] = {}
-    written: dict[tuple[str, str], _Found] = {}
     seconds: dict[str, list[float]] = {}
     experts: dict[str, list[float]] = {}
     places: list[Path] = []
@@ -401,26 +414,24 @@ def _varied(study: Study, asked: Asked) -> list[dict[str, Any]]:
             plain = asked.written
             words = [_asked_with(how, m) + f" | {plain[m]}" for how in group.adapts.values() for m in mergers]
             rows = _rows(asked, group.change(asked.recipe), [*plain.values(), *words], place, places, seed)
-            best, told = _chosen(rows), _chosen([row for row in rows if not row.tuned])
+            best, untuned = _chosen(rows), _chosen([row for row in rows if not row.tuned])
             top = (read_json(place / "scores.json") or {})["experts"]["mean"]["score"]
             for label, adapt in group.adapts.items():
                 experts.setdefault(label, []).append(top)
                 by = {m: _adapt_of(_asked_with(adapt, m)) for m in mergers}
                 seconds.setdefault(label, []).append(float(np.mean([_adapting(place, by[m]) for m in mergers])))
-                for merger in mergers:
-                    for pairs, chosen in ((found, best), (written, told)):
-                        pair = chosen[None, merger], chosen[by[merger], merger]
-                        pairs.setdefault((label, merger), _Found()).pairs.append(pair)
+                for m in mergers:
+                    one = found.setdefault((label, m), _Found())
+                    one.pairs.append((best[None, m], best[by[m], m]))
+                    one.written.append((untuned[None, m], untuned[by[m], m]))
+    first = next(iter(experts))
     return [
         {
             "label": label,
             "adapt": adapt,
             "experts": float(np.mean(experts[label])),
             "seconds": float(np.mean(seconds[label])),
-            "mergers": {
-                m: found[label, m].told(experts[label]) | {"written": written[label, m].told(experts[label])}
-                for m in mergers
-            },
+            "mergers": {m: found[label, m].told(experts[label], found[first, m]) for m in mergers},
         }
         for group in groups
         for label, adapt in group.adapts.items()

@@ -126,9 +126,13 @@ def test_a_small_study_runs_and_is_read_back(tmp_path, monkeypatch):
                 cell["written"]["with"] - cell["written"]["without"]
             )
             if merger == "average":  # which has no scale to choose
-                assert cell["written"] == {k: v for k, v in cell.items() if k != "written"}
+                assert cell["written"] == {k: v for k, v in cell.items() if k not in ("written", "over")}
             else:
                 assert cell["written"]["without"] != cell["without"]
+            assert ("over" in cell) == (one["label"] == "longer")
+    short_, longer = (one["mergers"]["task_arithmetic"] for one in told["variations"])
+    assert longer["over"]["gain"]["score"] == pytest.approx(longer["with"] - short_["with"])
+    assert longer["over"]["by_seed"] == pytest.approx(np.subtract(longer["by_seed"], short_["by_seed"]))
     for seed, reused in ((0, False), (1, True)):  # what no seed can change is scored once
         stages = json.loads((out / f"seed-{seed}" / "few" / "run.json").read_text())["stages"]
         assert {s["reused"] for s in stages if s["name"] in ("score average", "score base and experts")} == {reused}
