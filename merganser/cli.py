@@ -679,8 +679,8 @@ def bench(
         str | None,
         typer.Option(
             help="text, lora, vision: a question over several seeds, with table and figure: alpha, amount, aware, "
-            "baselines, distance, form, lr, mergers, part, proxy, sources, steps, tasks, together or transfer. --how then "
-            "replaces its mergers."
+            "baselines, distance, form, knobs, lr, mergers, part, proxy, sources, steps, tasks, together or transfer. "
+            "--how then replaces its mergers."
         ),
     ] = None,
     ri: Annotated[

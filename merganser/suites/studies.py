@@ -71,6 +71,11 @@ class Words:
         """Return ``coadapt`` with the same steps, learning rate and batch."""
         return _written("coadapt", {k: v for k, v in self.own.items() if k in ("steps", "lr", "batch")})
 
+    def distac(self) -> str:
+        """Return ``distac`` with the steps, learning rate and batch that ``ri`` has."""
+        usual = {k: v for k, v in knobs_of(find("ri")[1]).items() if k in ("steps", "lr", "batch")}
+        return _written("distac", {k: self.own.get(k, v) for k, v in usual.items()})
+
 
 def _written(word: str, knobs: Mapping[str, Any]) -> str:
     told = ", ".join(f"{name}={value!r}" for name, value in knobs.items())
@@ -141,6 +146,13 @@ def with_inputs(**settings: Any) -> Change:
     return change
 
 
+def _held_back(_recipe: Recipe, ri: Words) -> Sequence[Group]:
+    one = {"temperature=2": {"temperature": 2.0}, "ramp=0.5": {"ramp": 0.5}, "pull=0.1": {"pull": 0.1},
+           "pull=1": {"pull": 1.0}, "guard=1": {"guard": 1.0}}  # fmt: skip
+    knobs = {label: ri(**told) for label, told in one.items()}
+    return [Group("all", {"ri": ri(), **knobs, "distac, then ri": f"{ri.distac()} | {ri()}"})]
+
+
 def _counts(recipe: Recipe, ri: Words) -> Sequence[Group]:
     names = list(recipe.tasks)
     counts = sorted({2, len(names) // 2, 3 * len(names) // 4, len(names)})
@@ -194,6 +206,7 @@ STUDIES: dict[str, Study] = {
         _knob("distance", ("kl", "reverse", "js", "ce", "mse", "cosine")),
     ),
     "alpha": Study("How much weight for the other heads?", "alpha", _knob("alpha", (0.3, 1.0, 3.0, 10.0))),
+    "knobs": Study("Does it help to hold experts back, or to soften what they say?", "ri with", _held_back),
     "lr": Study("How large a learning rate?", "lr", _rates),
     "form": Study(
         "What if the other heads are not known, or not all asked?",

@@ -54,8 +54,7 @@ class _Ways:
         first, *more = self.asked.mergers
         alone = self.asked.ri()
         both = f"{alone} | {self.asked.ri.coadapt()}"
-        distac = f"distac(steps={self.steps}, lr={self.lr}, batch={self.batch})"
-        sentences = [first, *(f"{how} | {first}" for how in (distac, alone, both))]
+        sentences = [first, *(f"{how} | {first}" for how in (self.asked.ri.distac(), alone, both))]
         sentences += [told for merger in more for told in (merger, f"{alone} | {merger}", f"{both} | {merger}")]
         return {
             **{told: partial(self._sentence, told) for told in sentences},
