@@ -50,7 +50,8 @@ def gains_figure(scores: Mapping[str, Any]) -> str:
 
 
 def study_figure(told: Mapping[str, Any]) -> str:
-    """Return an SVG of a study.json: the share of the loss that adapting recovers, by variation, a line a merger.
+    """Return an SVG of a study.json: the share of the loss that adapting recovers, by variation, a line a merger
+    (points where variations have names instead of numbers).
 
     Bars behind them are 95 % intervals of the gain, paired, as shares of the same loss. Of a study that has points,
     those: a place each, or against what each has as ``x``.
@@ -68,7 +69,7 @@ def study_figure(told: Mapping[str, Any]) -> str:
             at = [x + 0.08 * (k - (len(lines) - 1) / 2) for x in range(len(ticks))]
             low, middle, high = ([cell[part] for cell in cells] for part in ("low", "score", "high"))
             axes.vlines(at, low, high, color=f"C{k % 10}", linewidth=4, alpha=0.3)
-            style = "o-" if len(lines) > 1 else "o"
+            style = "o-" if len(lines) > 1 and _ordered(ticks) else "o"
             axes.plot(at, middle, style, color=f"C{k % 10}", markersize=4, linewidth=1, label=name)
         axes.axhline(0, color="#444444", linewidth=0.8, linestyle=":")
         slanted = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if len(ticks) > 8 else {}
@@ -79,6 +80,11 @@ def study_figure(told: Mapping[str, Any]) -> str:
             picture.legend(loc="outside upper center", frameon=False, fontsize=8, ncols=4)
         axes.spines[["top", "right"]].set_visible(False)
         return _svg(picture)
+
+
+def _ordered(ticks: Sequence[str]) -> bool:
+    """Tell whether variations are numbers: a line from one name to the next would say that there is something between."""
+    return all(tick.replace(".", "", 1).isdigit() for tick in ticks)
 
 
 def _listed(ticks: Sequence[str], cells: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
