@@ -225,7 +225,9 @@ def scales_of(told: Told) -> str:
                 one["label"], f"`{merger}`", f"{written['scales'][0][0]:g}", *gaps, gain_of(written["gain"]),
             ])  # fmt: skip
     head = [told["axis"], "merger", "scale as written", "without: as written, chosen, gap", "with: the same"]
-    return table([*head, "gain as written [95 % interval]"], lines)
+    head.append("gain as written [95 % interval]")
+    alone = len(told["variations"]) == 1
+    return table(head[alone:], [line[alone:] for line in lines])
 
 
 def over_first(told: Told) -> str:
