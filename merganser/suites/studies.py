@@ -148,7 +148,7 @@ def with_inputs(**settings: Any) -> Change:
 
 def _held_back(_recipe: Recipe, ri: Words) -> Sequence[Group]:
     one = {"temperature=2": {"temperature": 2.0}, "ramp=0.5": {"ramp": 0.5}, "pull=0.1": {"pull": 0.1},
-           "pull=1": {"pull": 1.0}, "guard=1": {"guard": 1.0}}  # fmt: skip
+           "pull=1": {"pull": 1.0}, "pull=10": {"pull": 10.0}, "guard=1": {"guard": 1.0}}  # fmt: skip
     knobs = {label: ri(**told) for label, told in one.items()}
     return [Group("all", {"ri": ri(), **knobs, "distac, then ri": f"{ri.distac()} | {ri()}"})]
 
