@@ -272,7 +272,9 @@ def some(name: str, seed: int, experts: int, *shape: int) -> Tensor:
 
 
 def close(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+    # near its pole a step such as model_stock multiplies deltas by 400: what cancels then leaves that much more rounding
+    largest = float(b.abs().max()) if b.numel() else 0.0
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=max(1e-6, 4e-6 * largest))
 
 
 @every_step
@@ -302,6 +304,7 @@ def test_shape_dtype_and_device_stay_and_inputs_are_untouched(
 
 @every_combine
 @given(seed=seeds, shape=shapes, experts=counts)
+@example(seed=30222936, shape=(5, 3), experts=6)  # a row near model_stock's pole
 @fast
 def test_the_order_of_experts_does_not_matter(name: str, knobs: dict, seed: int, shape: tuple, experts: int) -> None:
     deltas = normal(seed, allowed(name, experts), *shape) if name in UNEQUAL else some(name, seed, experts, *shape)
