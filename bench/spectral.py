@@ -37,7 +37,7 @@ import torch.nn.functional as F
 import merganser
 from merganser.adapt import adapt, slug
 from merganser.evaluate.table import Row
-from merganser.evaluate.task import read_unlabeled
+from merganser.evaluate.unlabeled import read_unlabeled
 from merganser.learn.entering import entering
 from merganser.models.encoder import features
 from merganser.models.inputs import Subset

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .evaluate.task import Task as Task
     from .merge import merge as merge
     from .models.heads import Head as Head
+    from .models.heads import Span as Span
     from .models.heads import class_mean_head as class_mean_head
     from .models.heads import linear_head as linear_head
     from .models.heads import zero_shot_head as zero_shot_head
@@ -41,6 +42,7 @@ _HOME = {
     "Task": "evaluate.task",
     "merge": "merge",
     "Head": "models.heads",
+    "Span": "models.heads",
     "class_mean_head": "models.heads",
     "linear_head": "models.heads",
     "zero_shot_head": "models.heads",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .card import digest, is_done, key_of
 from .errors import HeadError, SentenceError
 from .models.encoder import features
-from .models.heads import AnyHead, Head, check_width
+from .models.heads import AnyHead, Head, Span, check_width
 from .models.inputs import Prompts, Subset, digest_parts
 from .progress import Progress, silent
 from .sentence import Step, knobs_of, parse_words
@@ -277,7 +277,7 @@ def heads_digest(heads: Mapping[str, AnyHead]) -> str:
     for name, head in heads.items():
         if isinstance(head, Head):
             tensors = {"weight": head.weight, **({} if head.bias is None else {"bias": head.bias})}
-            parts[name] = [digest(tensors), head.normalize]
+            parts[name] = [digest(tensors), head.normalize, *(["span"] if isinstance(head, Span) else [])]
         elif isinstance(head, nn.Module):
             parts[name] = [digest(head.state_dict()), type(head).__qualname__]
         else:

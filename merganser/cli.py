@@ -572,7 +572,10 @@ def diagnose(
 def sources(
     recipe: Recipe,
     files: Annotated[
-        list[Path] | None, typer.Argument(help="More files, or what needs none (dead-leaves:1000).")
+        list[Path] | None,
+        typer.Argument(
+            help="More files, data sets of the Hub (hub:org/name), or what needs neither (dead-leaves:1000)."
+        ),
     ] = None,
     few: Annotated[int, typer.Option(min=1, help="How many inputs of each to look at.")] = 1000,
     dry_run: DryRun = False,

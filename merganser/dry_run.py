@@ -7,11 +7,11 @@ from typing import Any
 
 from .check import check_folder, compare, titled
 from .errors import DataError, RecipeError, WeightsError, did_you_mean
+from .evaluate.unlabeled import check_unlabeled
 from .examine import try_out
 from .findings import Findings
 from .forecast import nbytes, writable
 from .sentence import parse
-from .synthetic import is_source, known_source
 from .weights.delta import over
 from .weights.header import Weights, header, matches
 from .weights.open import open_headers
@@ -304,11 +304,8 @@ def _tasks(found: Findings, recipe: Any) -> None:
 
 def _inputs(found: Findings, files: Sequence[Path]) -> None:
     for file in files:
-        if is_source(file):
-            with found.gather("inputs"):
-                known_source(file)
-        elif not file.exists():
-            found.error(f"{file}: no such file of unlabeled inputs", "inputs", "correct [inputs] files", DataError)
+        with found.gather("inputs"):
+            check_unlabeled(file)
 
 
 def _models(found: Findings, recipe: Any) -> None:

@@ -16,7 +16,8 @@ from .errors import DataError, HeadError, RecipeError, WeightsError, did_you_mea
 from .evaluate.joint import Union
 from .evaluate.pictures import Pictures
 from .evaluate.run import Labelled, Model, Scores, evaluate
-from .evaluate.task import Split, Task, read_task, read_unlabeled
+from .evaluate.task import Split, Task, read_task
+from .evaluate.unlabeled import read_unlabeled
 from .examine import asked_by, open_ingredients, try_out
 from .loop import is_float
 from .models.encoder import features

@@ -37,7 +37,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import RecipeError, closest, did_you_mean
-from .synthetic import is_source
+from .evaluate.unlabeled import is_no_path
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -73,7 +73,7 @@ class HeadsPart(_Part):
 class InputsPart(_Part):
     """Unlabeled inputs, at most ``limit`` of them, an equal share a file.
 
-    Files of text (one a line), ``.npz`` images, folders and data sets of pictures, or what needs no data
+    Files and columns of text, pictures, data sets of the Hub (see `evaluate.unlabeled`), or what needs no data
     (``dead-leaves:5000``, ``tokens:2000``; see `synthetic`).
     """
 
@@ -156,7 +156,7 @@ def made_absolute(recipe: Recipe, folder: Path) -> Recipe:
     model = recipe.model.model_copy(update={"encoder": encoder})
     return _with_paths(
         recipe.model_copy(update={"model": model, "tasks": tasks}),
-        lambda path: path if is_source(path) else folder / path,
+        lambda path: path if is_no_path(path) else folder / path,
     )
 
 

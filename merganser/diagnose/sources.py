@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import DataError, HeadError
-from ..evaluate.task import read_unlabeled
+from ..evaluate.unlabeled import read_unlabeled
 from ..models.encoder import features
 from ..models.heads import AnyHead, Head
 from ..models.inputs import Subset

@@ -21,9 +21,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError, MissingExtra, did_you_mean
-from ..synthetic import is_source, pictures
 from .metrics import METRICS
-from .pictures import Pictures, read_pictures
+from .pictures import read_pictures
 
 KINDS = {"vision": "image"}  # what else a kind is called
 SUFFIXES = (".jsonl.gz", ".jsonl", ".npz", ".parquet")
@@ -184,7 +183,7 @@ def read_split(path: Path) -> Split:
                 return Split(arrays["x"], arrays["y"].astype(np.int64))
         except (KeyError, ValueError, OSError) as error:
             raise DataError(f"{path}: not images with 'x' and 'y': {error}") from None
-    rows = _parquet(path) if path.suffix == ".parquet" else _lines(path)
+    rows = _parquet(path) if path.suffix == ".parquet" else json_rows(path)
     texts, labels = [row.get("text") for row in rows], [row.get("label") for row in rows]
     for k, (text, label) in enumerate(zip(texts, labels, strict=True)):
         if not isinstance(text, str) or not isinstance(label, int):
@@ -192,7 +191,8 @@ def read_split(path: Path) -> Split:
     return Split(texts, np.array(labels, dtype=np.int64))
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def json_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file of JSON lines. Raises DataError, naming the line."""
     number = 0
     rows = []
     try:
@@ -206,7 +206,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _not_rows(path: Path) -> list[dict[str, Any]]:
-    raise DataError(f"{path}: every line must be an object with 'text' and 'label'")
+    raise DataError(f"{path}: every line must be an object, such as " + '{"text": ..., "label": ...}')
 
 
 def _parquet(path: Path) -> list[dict[str, Any]]:
@@ -215,65 +215,3 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
     except ImportError:
         raise MissingExtra(f"{path}", "hf") from None
     return pyarrow.parquet.read_table(path).to_pylist()
-
-
-def read_unlabeled(paths: Sequence[str | Path], limit: int | None = None) -> Any:
-    """Return unlabeled raw inputs: texts (``.txt`` or ``.txt.gz``, one a line) or pictures.
-
-    Pictures lie in a ``.npz`` with ``x``, a folder, or a data set's ``.parquet`` or ``.tar`` files, or are drawn
-    (``dead-leaves:500``, see `synthetic`). Arrays of one size
-    come as one array, of several sizes as a list.
-
-    With ``limit``, every file gives the same share, spread evenly over it. Raises DataError at an empty file, one
-    that is not text, or kinds mixed.
-    """
-    parts = [_unlabeled(Path(path)) for path in paths]
-    if not parts:
-        raise DataError("no unlabeled inputs given: name at least one file")
-    if len({isinstance(part, list) for part in parts}) > 1:
-        raise DataError(f"{paths[0]} and others mix texts and images: use one kind of inputs")
-    share = None if limit is None else -(-limit // len(parts))
-    parts = [part if share is None or len(part) <= share else _spread(part, share) for part in parts]
-    if all(isinstance(part, Pictures) for part in parts):
-        return Pictures([one for part in parts for one in part.encoded])[slice(limit)]
-    alike = all(isinstance(part, np.ndarray) for part in parts) and len({part.shape[1:] for part in parts}) == 1
-    joined = np.concatenate(parts) if alike else [one for part in parts for one in part]
-    return joined[:limit] if limit is not None else joined
-
-
-def _spread(part: Any, share: int) -> Any:
-    at = np.linspace(0, len(part) - 1, share).astype(int)
-    if isinstance(part, Pictures):
-        return part.take(at.tolist())
-    return part[at] if isinstance(part, np.ndarray) else [part[k] for k in at]
-
-
-def _unlabeled(path: Path) -> Any:
-    if is_source(path):
-        return pictures(path)
-    if path.is_dir() or path.suffix in (".parquet", ".tar"):
-        return read_pictures([path], labelled=False)[0]
-    if not path.is_file():
-        raise DataError(f"{path}: no such file of unlabeled inputs")
-    if path.suffix == ".npz":
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                pixels = arrays["x"]
-        except (KeyError, ValueError, OSError) as error:
-            raise DataError(f"{path}: not images with 'x': {error}") from None
-        if pixels.dtype != np.uint8 or pixels.ndim != 4 or not len(pixels):
-            raise DataError(
-                f"{path}: 'x' must be uint8 [n, height, width, channels], is {pixels.dtype} {list(pixels.shape)}"
-            )
-        return pixels
-    try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        text = data.decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not UTF-8 text, one input a line: {error}") from None
-    if "\x00" in text:
-        raise DataError(f"{path}: not text (it has NUL bytes)")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise DataError(f"{path}: the file of unlabeled inputs is empty")
-    return lines

@@ -37,6 +37,20 @@ class Head:
         return F.linear(features, self.weight, self.bias)
 
 
+@dataclass(frozen=True)
+class Span(Head):
+    """Directions of the features, the rows of ``weight`` ``[k, width]``, that ``ri(form="rows")`` is to leave as they are.
+
+    It stands among the heads, under any name that is no expert's, where other heads are not known: the rows need not be
+    orthogonal, and are taken as they are, where those of a classifier count without their mean, which a softmax does
+    not see. Raises HeadError where ``weight`` is no matrix.
+    """
+
+    def __post_init__(self) -> None:
+        if self.weight.ndim != 2:
+            raise HeadError(f"a span is a matrix [directions, width], got {list(self.weight.shape)}")
+
+
 def linear_head(weight: Tensor, bias: Tensor | None = None) -> Head:
     """Return the head of a classifier layer, as it stands in an expert's checkpoint."""
     return Head(weight.detach().float(), None if bias is None else bias.detach().float())

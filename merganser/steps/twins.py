@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ..models.heads import AnyHead, Head, Stacked, check_width
+from ..models.heads import AnyHead, Head, Span, Stacked, check_width
 
 DISTANCES = ("kl", "reverse", "js", "ce", "mse", "cosine")
 FORMS = ("heads", "rows", "features")
@@ -176,10 +176,14 @@ def _matched(cos: Float[Tensor, "own other"], threshold: float) -> list[tuple[in
 
 
 def _span(heads: Mapping[str, AnyHead], own: str) -> Float[Tensor, "width k"] | None:
-    """Return an orthonormal basis of the other heads' rows; None where a head is no `Head`, so all directions count."""
+    """Return an orthonormal basis of the other heads' rows, or of what a `Span` has.
+
+    None where a head is no `Head`, so all directions count.
+    """
     others = [h for n, h in heads.items() if n != own]
     if not others or not all(isinstance(h, Head) for h in others):
         return None
-    rows = torch.cat([h.weight - h.weight.mean(dim=0) for h in others if isinstance(h, Head)])
+    linear = [h for h in others if isinstance(h, Head)]
+    rows = torch.cat([h.weight if isinstance(h, Span) else h.weight - h.weight.mean(dim=0) for h in linear])
     _, s, v = torch.linalg.svd(rows.double(), full_matrices=False)
     return v[s > 1e-6 * s[0]].T.float()

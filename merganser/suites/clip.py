@@ -21,10 +21,10 @@ from typing import Any
 from ..card import read_json
 from ..errors import DataError, did_you_mean
 from ..evaluate.task import Task, read_task
+from ..evaluate.unlabeled import is_no_path
 from ..progress import Progress, silent
 from ..recipe import InputsPart, LimitPart, ModelPart, Recipe
 from ..sentence import parse
-from ..synthetic import is_source
 from . import published, sources
 from .cache import cache_folder
 from .suite import run_seeds, with_and_without
@@ -119,7 +119,7 @@ class Clip:
             raise DataError(
                 "ri needs unlabeled pictures: --inputs FOLDER (ImageNet in the paper), or FOLDER/aux in --data"
             )
-        return [place if is_source(place) else place.resolve() for place in found]
+        return [place if is_no_path(place) else place.resolve() for place in found]
 
     def clip(self) -> Path:
         """Return the folder of OpenAI's CLIP, whose text tower makes the heads."""

@@ -15,9 +15,9 @@ from typing import Any
 from ..card import read_json
 from ..errors import DataError
 from ..evaluate.task import Task, read_task
+from ..evaluate.unlabeled import is_no_path
 from ..progress import Progress, silent
 from ..recipe import HeadsPart, LimitPart
-from ..synthetic import is_source
 from ..train import Plan
 from . import published, sources
 from . import suite as suites
@@ -72,7 +72,7 @@ class DomainNet(Suite):
         found = list(self.unlabeled) or sorted((Path(data) / "aux").glob("*"))
         if not found:
             raise DataError("ri needs unlabeled pictures: --inputs FOLDER, or FOLDER/aux in --data")
-        return [place if is_source(place) else place.resolve() for place in found]
+        return [place if is_no_path(place) else place.resolve() for place in found]
 
     def bench(
         self,

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import MissingExtra, WeightsError
+from ..errors import MerganserError, MissingExtra, WeightsError
 from .header import Headers
 from .pickled import LEFTOVERS, PICKLE_INDEX
 from .stored import INDEX, PICKLES
@@ -33,13 +33,13 @@ def download(name: str) -> Path:
 
     Raises WeightsError (no such model or revision, gated, no network and not cached) and MissingExtra.
     """
-    hub = _client(name)
-    repo, revision = _split(name)
-    with _told(name):
+    hub = client(name)
+    repo, revision = split(name)
+    with one_line(name):
         try:
             files = _sizes(hub, repo, revision)
         except Exception as error:
-            if not _is_offline(error):
+            if not is_offline(error):
                 raise
             try:  # without patterns the client would ask for every file of the repository
                 cached = hub.snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=[])
@@ -47,7 +47,7 @@ def download(name: str) -> Path:
                 raise error from None
             return Path(cached)
         wanted = _wanted(files, _reader(hub, repo, revision))
-        return _fetch(hub, repo, revision, [*wanted.weights, *wanted.beside])
+        return fetch(hub, repo, revision, [*wanted.weights, *wanted.beside])
 
 
 def remote_entries(name: str) -> tuple[dict[str, tuple[str, tuple[int, ...]]], int]:
@@ -56,9 +56,9 @@ def remote_entries(name: str) -> tuple[dict[str, tuple[str, tuple[int, ...]]], i
     Range requests fetch about 100 kB a shard, never the tensors. Raises WeightsError as `download` does, and where the
     model has no safetensors (a pickle has no header).
     """
-    hub = _client(name)
-    repo, revision = _split(name)
-    with _told(name):
+    hub = client(name)
+    repo, revision = split(name)
+    with one_line(name):
         files = _sizes(hub, repo, revision)
         wanted = _wanted(files, _reader(hub, repo, revision)).weights
         pickles = [file for file in wanted if file.endswith(PICKLES)]
@@ -80,12 +80,12 @@ def remote_entries(name: str) -> tuple[dict[str, tuple[str, tuple[int, ...]]], i
 
 def remote_headers(name: str) -> Headers:
     """Return the weights of a Hub model as headers only; config and tokenizer files are fetched, they are small."""
-    hub = _client(name)
-    repo, revision = _split(name)
+    hub = client(name)
+    repo, revision = split(name)
     entries, _ = remote_entries(name)
-    with _told(name):
+    with one_line(name):
         wanted = _wanted(_sizes(hub, repo, revision), _reader(hub, repo, revision))
-        return Headers(entries, name, _fetch(hub, repo, revision, wanted.beside))
+        return Headers(entries, name, fetch(hub, repo, revision, wanted.beside))
 
 
 def name_of(folder: Path) -> str | None:
@@ -142,7 +142,8 @@ def _reader(hub: Any, repo: str, revision: str | None) -> Any:
     return lambda file: json.loads(Path(hub.hf_hub_download(repo, file, revision=revision)).read_text())
 
 
-def _fetch(hub: Any, repo: str, revision: str | None, files: Sequence[str]) -> Path:
+def fetch(hub: Any, repo: str, revision: str | None, files: Sequence[str], repo_type: str = "model") -> Path:
+    """Return the folder in the Hub's cache that holds these files of a repository."""
     from huggingface_hub.utils import tqdm
 
     class Shown(tqdm):
@@ -152,10 +153,13 @@ def _fetch(hub: Any, repo: str, revision: str | None, files: Sequence[str]) -> P
             super().__init__(*args, **{**settings, "disable": settings.get("disable") or None})
 
     literal = [re.sub(r"([*?\[])", r"[\1]", file) for file in files]
-    return Path(hub.snapshot_download(repo, revision=revision, allow_patterns=literal, tqdm_class=Shown))
+    return Path(
+        hub.snapshot_download(repo, repo_type=repo_type, revision=revision, allow_patterns=literal, tqdm_class=Shown)
+    )
 
 
-def _client(name: str) -> Any:
+def client(name: str) -> Any:
+    """Return the Hub's client. Raises MissingExtra."""
     try:
         import huggingface_hub
     except ImportError:
@@ -163,14 +167,16 @@ def _client(name: str) -> Any:
     return huggingface_hub
 
 
-def _split(name: str) -> tuple[str, str | None]:
+def split(name: str) -> tuple[str, str | None]:
+    """Return the repository and the revision of a Hub name. Raises WeightsError where it is none."""
     found = NAME.fullmatch(name)
     if found is None:
         raise WeightsError(f"'{name}' is not a Hub name: org/name or org/name@revision")
     return found[1], found[2]
 
 
-def _is_offline(error: Exception) -> bool:
+def is_offline(error: Exception) -> bool:
+    """Tell whether the Hub cannot be reached, or is not to be asked."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.HfHubHTTPError):
@@ -181,34 +187,30 @@ def _is_offline(error: Exception) -> bool:
 
 
 @contextmanager
-def _told(name: str) -> Iterator[None]:
-    """Turn what the Hub's client raises into one line."""
+def one_line(name: str, what: str = "model", wrong: type[MerganserError] = WeightsError) -> Iterator[None]:
+    """Turn what the Hub's client raises over a ``what`` into one line, an error of the kind ``wrong``."""
     from huggingface_hub import errors
 
-    repo, revision = _split(name)
+    repo, revision = split(name)
+    lacking = f"'{repo}' is no file or folder here, and " if what == "model" else f"{what} '{repo}': "
     try:
         yield
-    except WeightsError:
+    except MerganserError:
         raise
     except errors.GatedRepoError:
-        raise WeightsError(
+        raise wrong(
             f"'{repo}' is gated: ask for access on its page at the Hub, then `hf auth login` (or set HF_TOKEN)"
         ) from None
     except errors.RepositoryNotFoundError:
-        raise WeightsError(
-            f"'{repo}' is no file or folder here, and the Hub has no such model (if it is private: `hf auth login`)"
-        ) from None
+        raise wrong(f"{lacking}the Hub has no such {what} (if it is private: `hf auth login`)") from None
     except errors.RevisionNotFoundError:
-        raise WeightsError(f"'{repo}' has no revision '{revision}' on the Hub") from None
+        raise wrong(f"'{repo}' has no revision '{revision}' on the Hub") from None
     except errors.HFValidationError:
-        raise WeightsError(f"'{repo}' is no file or folder here, and not a name the Hub can have") from None
+        raise wrong(f"{lacking}not a name the Hub can have") from None
     except Exception as error:
-        if _is_offline(error):
-            raise WeightsError(
-                f"'{repo}' is no file or folder here, and the Hub cannot be reached ({type(error).__name__}); the "
-                f"cache does not have it either"
+        if is_offline(error):
+            raise wrong(
+                f"{lacking}the Hub cannot be reached ({type(error).__name__}); the cache does not have it either"
             ) from None
         said = str(error).strip().splitlines()
-        raise WeightsError(
-            f"'{name}' cannot be fetched from the Hub: {said[0] if said else type(error).__name__}"
-        ) from None
+        raise wrong(f"'{name}' cannot be fetched from the Hub: {said[0] if said else type(error).__name__}") from None

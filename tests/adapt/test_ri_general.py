@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import merganser
-from merganser.errors import SentenceError
+from merganser.adapt import heads_digest
+from merganser.errors import HeadError, SentenceError
 from merganser.models.heads import Head
 from merganser.steps.adapt.ri import ri
 from merganser.steps.moving import chosen, low_rank
@@ -242,3 +243,44 @@ def test_guard_is_the_change_seen_from_the_own_tasks_directions_and_holds_it_bac
     free, held = (adapted(toy, guard=by) for by in (0.0, 100.0))
     assert float(guard(held)) < 0.1 * float(guard(free))
     assert drift(toy, held)[1] < drift(toy, free)[1], "the own outputs are kept better"
+
+
+def test_a_span_stands_for_the_other_heads(toy):
+    """The rows of the other heads, given as a span by another basis, make the same loss and nearly the same expert."""
+    own = toy.heads["east"]
+    rows = torch.cat([h.weight - h.weight.mean(dim=0) for name, h in toy.heads.items() if name != "east"])
+    mixed = torch.randn(len(rows), len(rows), generator=torch.Generator().manual_seed(2)) @ rows
+    known = adapted(toy, form="rows", alpha=0.1)
+    given = adapted(toy, heads={"east": own, "kept": merganser.Span(mixed)}, form="rows", alpha=0.1)
+    for name, tensor in known.items():
+        assert torch.allclose(given[name], tensor, atol=1e-4)
+    before, _ = drift(toy, toy.experts["east"])
+    nothing = adapted(toy, heads={"east": own}, form="rows", alpha=0.0)
+    assert drift(toy, given)[0] < 0.6 * before
+    assert drift(toy, nothing)[0] > 0.9 * before
+
+
+def test_a_change_outside_a_span_costs_nothing():
+    rows, width = 3, 8
+    heads = {"own": Head(torch.randn(4, width), normalize=True), "kept": merganser.Span(torch.eye(width)[:rows])}
+    base, at = torch.nn.functional.normalize(torch.randn(6, width), dim=1), torch.arange(6)
+    twins = Twins(heads, "own", form="rows")
+    twins.remember(at, 6, base, base)
+    inside, outside = base.clone(), base.clone()
+    inside[:, :rows] *= -1
+    outside[:, rows:] *= -1  # the length stays, so that normalised features are these
+    assert twins(at, outside)[1]["others"] < 1e-12
+    assert twins(at, inside)[1]["others"] > 1e-3
+
+
+def test_where_a_span_does_not_belong(toy):
+    heads = {**toy.heads, "kept": merganser.Span(torch.eye(toy.heads["east"].width)[:2])}
+    for form in ("heads", "features"):
+        with pytest.raises(
+            HeadError, match=f"'kept' is a span, which only ri.form='rows'. keeps; this is form='{form}'"
+        ):
+            adapted(toy, heads=heads, form=form)
+    with pytest.raises(HeadError, match="a span is a matrix"):
+        merganser.Span(torch.ones(3))
+    plain = {name: Head(head.weight, head.bias, head.normalize) for name, head in heads.items()}
+    assert heads_digest(heads) != heads_digest(plain)

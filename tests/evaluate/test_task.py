@@ -3,11 +3,10 @@
 import gzip
 import json
 
-import numpy as np
 import pytest
 
 from merganser.errors import DataError
-from merganser.evaluate.task import read_split, read_task, read_tasks, read_unlabeled
+from merganser.evaluate.task import read_split, read_task, read_tasks
 
 ROWS = [{"text": f"text {k} – ü", "label": k % 3} for k in range(9)]
 
@@ -78,33 +77,3 @@ def test_faults_of_rows_are_named(tmp_path):
     says(r"row 1: needs a 'text' \(a string\) and a 'label'", '{"text": 3, "label": 0}')
     says("row 2", '{"text": "a", "label": 0}\n{"text": "b", "label": "0"}')
     says("every line must be an object", "[1, 2]")
-
-
-def test_unlabeled_inputs(tmp_path):
-    one, two = tmp_path / "one.txt", tmp_path / "two.txt.gz"
-    one.write_text("\n".join(f"one {k}" for k in range(100)) + "\n\n")
-    with gzip.open(two, "wt") as file:
-        file.write("\n".join(f"two {k}" for k in range(4)))
-    assert len(read_unlabeled([one, two])) == 104
-    some = read_unlabeled([one, two], limit=20)
-    assert sum(t.startswith("one") for t in some) == 10
-    assert some[0] == "one 0"
-    assert some[9] == "one 99", "a share is spread over the whole file"
-    np.savez(tmp_path / "x.npz", x=np.zeros((5, 2, 2, 1), np.uint8))
-    assert read_unlabeled([tmp_path / "x.npz"], 3).shape == (3, 2, 2, 1)
-    np.savez(tmp_path / "y.npz", x=np.ones((5, 3, 3, 3), np.uint8))
-    mixed = read_unlabeled([tmp_path / "x.npz", tmp_path / "y.npz"], 4)
-    assert [one.shape for one in mixed] == [(2, 2, 1), (2, 2, 1), (3, 3, 3), (3, 3, 3)]
-    for name, content, match in (
-        ("empty.txt", b"\n \n", "is empty"),
-        ("binary.txt", b"\xff\xfe\x00\x01", "not UTF-8 text"),
-        ("nul.txt", b"a\x00b", "NUL bytes"),
-        ("bad.txt.gz", b"not gzip", "not UTF-8 text"),
-    ):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(DataError, match=match):
-            read_unlabeled([tmp_path / name])
-    with pytest.raises(DataError, match="no such file"):
-        read_unlabeled([tmp_path / "gone.txt"])
-    with pytest.raises(DataError, match="mix texts and images"):
-        read_unlabeled([one, tmp_path / "x.npz"])

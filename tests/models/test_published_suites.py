@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from merganser.cli import app
 from merganser.errors import DataError, WeightsError
 from merganser.evaluate.pictures import Pictures, read_pictures, split_files
-from merganser.evaluate.task import read_task, read_unlabeled
+from merganser.evaluate.task import read_task
+from merganser.evaluate.unlabeled import read_unlabeled
 from merganser.suites import SUITES, clip, domainnet, open_suite, published
 
 Image = pytest.importorskip("PIL.Image", reason="the 'demo' extra is not installed")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from merganser.errors import DataError, RecipeError
-from merganser.evaluate.task import read_unlabeled
+from merganser.evaluate.unlabeled import read_unlabeled
 from merganser.prepare import random_texts
 from merganser.recipe import read_recipe
 from merganser.synthetic import PICTURES, is_source, pictures, token_texts

@@ -2,6 +2,7 @@
 
 python hub_server.py FOLDER      prints its address; GET /served tells {path: bytes}
 FOLDER/org/name/...              the files of main; FOLDER/org/name@rev/... those of another revision
+FOLDER/datasets/org/name/...     those of a data set
 """
 
 import hashlib
@@ -14,9 +15,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
-INFO = re.compile(rf"/api/models/{REPO}(?:/revision/(?P<rev>[^?]+))?")
-TREE = re.compile(rf"/api/models/{REPO}/tree/(?P<rev>[^?/]+)(?:/(?P<under>[^?]*))?")
-FILE = re.compile(rf"/{REPO}/resolve/(?P<rev>[^/]+)/(?P<file>.+)")
+KIND = "(?P<kind>models|datasets)"
+INFO = re.compile(rf"/api/{KIND}/{REPO}(?:/revision/(?P<rev>[^?]+))?")
+TREE = re.compile(rf"/api/{KIND}/{REPO}/tree/(?P<rev>[^?/]+)(?:/(?P<under>[^?]*))?")
+FILE = re.compile(rf"/(?:(?P<kind>datasets)/)?{REPO}/resolve/(?P<rev>[^/]+)/(?P<file>.+)")
 
 SERVED: Counter = Counter()
 LOCK = threading.Lock()
@@ -40,15 +42,17 @@ class Hub(BaseHTTPRequestHandler):
             siblings = [self.blob(folder, f, "rfilename") for f in self.files(folder)]
             told = {"id": found["repo"], "sha": self.sha(folder), "siblings": siblings, "tags": [], "private": False}
             return self.reply(200, json.dumps(told).encode())
-        known = any((self.root / r).is_dir() for r in re.findall(REPO, path.removeprefix("/api/models")))
+        names = re.findall(REPO, path.removeprefix("/api/models").removeprefix("/api/datasets"))
+        known = any((root / r).is_dir() for r in names for root in (self.root, self.root / "datasets"))
         return self.reply(404, b"{}", {"X-Error-Code": "RevisionNotFound" if known else "RepoNotFound"})
 
     do_HEAD = do_GET
 
     def folder(self, found):
         rev = found["rev"] or "main"
-        for path in self.root.glob("*/*"):
-            repo, _, other = str(path.relative_to(self.root)).partition("@")
+        root = self.root / "datasets" if found["kind"] == "datasets" else self.root
+        for path in root.glob("*/*"):
+            repo, _, other = str(path.relative_to(root)).partition("@")
             if repo == found["repo"] and rev in (other or "main", self.sha(path)):
                 return path
         return None

@@ -1,14 +1,12 @@
 """Hub names, against a small server that speaks the Hub's routes and counts what it serves. Clients are processes."""
 
 import json
-import os
-import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
+from hub_client import serving
 from safetensors.torch import save_file
 
 from merganser.errors import MissingExtra, WeightsError
@@ -19,51 +17,11 @@ pytest.importorskip("huggingface_hub")
 SIZE = 200_000  # entries; 800 kB, of which a header is nothing
 
 
-class Served:
-    """The server and a client's cache."""
-
-    def __init__(self, url, home):
-        self.url, self.home = url, home
-
-    def bytes(self, part=""):
-        told = json.loads(urllib.request.urlopen(f"{self.url}/served").read())
-        return sum(n for path, n in told.items() if part in path)
-
-    def run(self, code, **more):
-        env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGINGFACE"))}
-        env |= {
-            "HF_ENDPOINT": self.url,
-            "HF_HOME": str(self.home),
-            "HF_HUB_DISABLE_XET": "1",
-            "OMP_NUM_THREADS": "1",
-            **more,
-        }
-        code = f"from merganser.weights import hub\nfrom merganser.weights.open import *\n{code}"
-        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=self.home)
-
-    def says(self, code, **more):
-        result = self.run(code, **more)
-        assert result.returncode == 0, result.stderr
-        assert result.stderr == "", "no bars where there is no terminal"
-        return result.stdout.strip()
-
-    def fails(self, code, **more):
-        result = self.run(code, **more)
-        assert result.returncode != 0
-        return result.stderr.strip().splitlines()[-1]
-
-
 @pytest.fixture
 def server(tmp_path):
     repositories(tmp_path / "repos")
-    (tmp_path / "home").mkdir()
-    script = Path(__file__).with_name("hub_server.py")
-    running = subprocess.Popen([sys.executable, script, tmp_path / "repos"], stdout=subprocess.PIPE, text=True)
-    try:
-        yield Served(running.stdout.readline().strip(), tmp_path / "home")
-    finally:
-        running.kill()
-        running.wait()
+    with serving(tmp_path / "repos", tmp_path / "home") as served:
+        yield served
 
 
 def repositories(root):

@@ -8,7 +8,8 @@ import pytest
 
 from merganser.errors import DataError
 from merganser.evaluate.pictures import Pictures
-from merganser.evaluate.task import read_tasks, read_unlabeled
+from merganser.evaluate.task import read_tasks
+from merganser.evaluate.unlabeled import read_unlabeled
 from merganser.suites import text, vision
 from merganser.suites.hub import MOST, TEXTS, UNLABELED, located
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from merganser.errors import DataError
-from merganser.evaluate.task import read_tasks, read_unlabeled
+from merganser.evaluate.task import read_tasks
+from merganser.evaluate.unlabeled import read_unlabeled
 from merganser.suites import domains, text
 from merganser.suites.minilm import minilm_archive
 from merganser.suites.suite import bench, shortened

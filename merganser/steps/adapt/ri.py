@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ...errors import HeadError
 from ...models.encoder import features
-from ...models.heads import AnyHead
+from ...models.heads import AnyHead, Span
 from ...models.inputs import Prompts, Subset
 from ...progress import Tick
 from ...train import Checkpoint, Plan
@@ -71,7 +71,8 @@ def ri(
     overlap  classes of other heads whose row is nearly one of the own head's (cosine at least this, all heads' mean row
              taken off) take no part in the other term: both terms cannot have them. Above 1: never
     form     the other term without knowing all heads: "rows" keeps the base's normalised features in the span of the
-             other heads' rows, "features" keeps them altogether; both times the own head's row norm, squared, halved
+             other heads' rows (or of a `Span` among the heads), "features" keeps them altogether; both times the own
+             head's row norm, squared, halved
     micro    so many inputs of a batch at a time, their gradients added up (0: all at once): less memory, the same step
     sample   this many other heads a step, drawn anew, instead of all (0)
     only     patterns of the tensors that are trained, with commas
@@ -98,7 +99,8 @@ def ri(
     The paper's recipe for CLIP ViT-B/32 on ImageNet is steps=2500, lr=1e-6, batch=128, alpha=1, weight_decay=1e-4.
     Our defaults suit small text encoders; the grid we tried there: steps {100, 300}, lr {5e-5, 1e-4, 2e-4}.
 
-    Raises HeadError if ``own`` is not among the heads or a head does not fit; ValueError at a knob out of range.
+    Raises HeadError if ``own`` is not among the heads, a head does not fit or is a `Span` that this form does not ask
+    for; ValueError at a knob out of range.
     Source: Resolving Interference (arXiv 2603.13467), section 5, algorithm 1.
     """
     check(steps=steps, lr=lr, alpha=alpha, ramp=ramp, batch=batch, distance=distance, held_out=held_out, micro=micro)
@@ -119,6 +121,8 @@ def ri(
         split = Halves(inputs, own, steps, batch, held_out, seed)
         terms = _spoken(expert, base, inputs, own, encoder, top, _base_features, _precision, _tick, how)
     else:
+        if form != "rows" and (spans := [name for name, head in heads.items() if isinstance(head, Span)]):
+            raise HeadError(f"'{spans[0]}' is a span, which only ri(form='rows') keeps; this is form='{form}'")
         split = Split(inputs, steps, batch, held_out, seed)
         hidden = {name: same for name, (same, _) in overlapping(heads, own, overlap).items()} if form == "heads" else {}
         terms = Twins(heads, own, hidden=hidden, temperature=temperature, form=form, sample=sample, **how)
