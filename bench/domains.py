@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from merganser.evaluate.run import Scores, gained
 from merganser.evaluate.table import Row, rows_in
@@ -46,6 +47,12 @@ def told(of: list[tuple[Row, Row]], scores: Callable[[Row], Scores]) -> str:
     return f"{100 * without:.1f} -> {100 * with_:.1f}, {100 * gain['score']:+.1f} [{low:+.1f}, {high:+.1f}] ({each})"
 
 
+def point(name: str, where: str, of: list[tuple[Row, Row]], scores: Callable[[Row], Scores]) -> dict[str, Any]:
+    """Return the gain with its interval as a point of the figure."""
+    gain = gained([(scores(a), scores(b)) for a, b in of])
+    return {"label": f"{name}, {where}", "y": gain["score"], "low": gain["low"], "high": gain["high"]}
+
+
 def domains(row: Row) -> Scores:
     """Return what a row scored in the other domains."""
     assert row.domains is not None, "a run of the domains suite"
@@ -61,7 +68,10 @@ def main() -> None:
     rows = [[f"`{name}`", told(of, lambda row: row.scores), told(of, domains)] for name, of in found.items()]
     seeds = len(next(iter(found.values())))
     head = ["merger", "on the tasks", "in other domains"]
+    places = {"tasks": lambda row: row.scores, "other domains": domains}
+    points = [point(name, where, of, scores) for name, of in found.items() for where, scores in places.items()]
     result = {"rows": rows, "head": head, "date": time.strftime("%Y-%m-%d"), "seeds": seeds}
+    result |= {"points": points, "y": "gain of adapting, points"}
     asked.out.write_text(json.dumps(result, indent=1) + "\n")
     print("\n".join(" | ".join(row) for row in [head, *rows]))
 

@@ -87,7 +87,7 @@ def main() -> None:
         sentences = [*MERGERS, *(f"{how} | {m}" for how in adapts.values() for m in MERGERS)]
         run(_as(recipe, sentences, seed), place, progress=bars)
         found.append(_chosen(rows_in(place)))
-    rows = []
+    rows, drawn = [], []
     for merger in MERGERS:
         for names, told in ((PAIR, "the pair"), (REST, "the others")):
             at = lambda seed, how: seed[how and _adapt_of(how), merger]  # noqa: B023, E731
@@ -95,6 +95,7 @@ def main() -> None:
             over = gain(list(zip(kept, out, strict=True)), names)
             mean = [100 * float(np.mean([some(r, names).mean for r in rows_of])) for rows_of in (plain, kept, out)]
             low, high = 100 * over["low"], 100 * over["high"]
+            drawn.append({"label": f"{merger}, {told}", "y": over["score"], "low": over["low"], "high": over["high"]})
             rows.append(
                 [
                     f"`{merger}`",
@@ -112,7 +113,8 @@ def main() -> None:
         "left out",
         "left out over kept [95 % interval]",
     ]
-    told = {"head": head, "rows": rows, "seeds": args.seeds, "date": time.strftime("%Y-%m-%d")}
+    told: dict[str, Any] = {"head": head, "rows": rows, "seeds": args.seeds, "date": time.strftime("%Y-%m-%d")}
+    told["points"], told["y"] = drawn, "shared classes left out over kept, points"
     args.out.write_text(json.dumps(told, indent=1) + "\n")
 
 

@@ -5,10 +5,10 @@
     python bench/records.py --add RUN --as NAME  take a run's scores.json in as docs/results/NAME.json
 
 docs/results/records.toml lists the records: ``title``, ``kind`` ("suite": a run's scores.json, "speed": what
-merge_speed.py writes, "peers": what peers/accuracy.py writes, "study": a study.json, "rows": a table in the file
-itself), ``file``, ``command``, ``about`` (before the tables), ``notes`` (after them), for a suite ``by_task`` (true: with a
-table task by task), and for a study ``written`` (true: with a table of scales as written) and ``over`` (true: with
-what variations give over the first).
+merge_speed.py writes, "peers": what peers/accuracy.py writes, "study": a study.json, "rows": a table in the file itself,
+with a figure where the file has ``points``), ``file``, ``command``, ``about`` (before the tables), ``notes`` (after
+them), for a suite ``by_task`` (true: with a table task by task), and for a study ``written`` (true: with a table of
+scales as written) and ``over`` (true: with what variations give over the first).
 
 README.md and the pages in docs show results between two comments, "results: FILE" and "end of results", which this
 fills with the gains of a suite's tuned rows, or of a study.
@@ -315,7 +315,7 @@ def written() -> dict[Path, str]:
         page = Path(record["file"]).with_suffix("")
         if record["kind"] == "suite" and told["gains"]:
             files[RESULTS / f"{page}.svg"] = gains_figure(told)
-        if record["kind"] == "study":
+        if record["kind"] == "study" or "points" in told:
             files[RESULTS / f"{page}.svg"] = study_figure(told)
         if RESULTS / f"{page}.svg" in files:
             text = text + f"\n![{record['title']}]({page}.svg)\n"
