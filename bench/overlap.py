@@ -113,9 +113,9 @@ def main() -> None:
         "left out",
         "left out over kept [95 % interval]",
     ]
-    told: dict[str, Any] = {"head": head, "rows": rows, "seeds": args.seeds, "date": time.strftime("%Y-%m-%d")}
-    told["points"], told["y"] = drawn, "shared classes left out over kept, points"
-    args.out.write_text(json.dumps(told, indent=1) + "\n")
+    result: dict[str, Any] = {"head": head, "rows": rows, "seeds": args.seeds, "date": time.strftime("%Y-%m-%d")}
+    result["points"], result["y"] = drawn, "shared classes left out over kept, points"
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
