@@ -22,11 +22,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from merganser.adapt import remembered
 from merganser.deltas import merged_deltas
 from merganser.evaluate.run import Model, Scores, evaluate
 from merganser.evaluate.table import rows_in
 from merganser.models.device import home, there
+from merganser.models.targets import Targets
 from merganser.prepare import Prepared, prepare
 from merganser.progress import bars
 from merganser.sentence import parse
@@ -83,7 +83,7 @@ def aligned(base: Any, experts: Any) -> tuple[dict[str, Tensor], dict[str, dict[
 def knots_first(ready: Prepared, to: Path) -> Any:
     """Return a function from a merger to the merged deltas, by coordinates that `ri` has trained."""
     bases, coords = aligned(ready.base, ready.experts)
-    base_features = remembered(ready.encoder, ready.base, ready.inputs, ready.kind)
+    targets = Targets(ready.encoder, ready.inputs, ready.kind)
     trained = {}
     for who, expert in ready.experts.items():
         file = to / f"{who}.safetensors"
@@ -93,7 +93,7 @@ def knots_first(ready: Prepared, to: Path) -> Any:
             with bars(f"ri {who} in the joint basis", 300) as tick:
                 found = module.ri(
                     expert, ready.base, ready.heads, ready.inputs, own=who, encoder=ready.encoder, **HOW.own,
-                    _precision=ready.kind, _base_features=base_features, _tick=tick,
+                    _precision=ready.kind, _targets=targets, _tick=tick,
                 )  # fmt: skip
             save_file({name: x.contiguous() for name, x in found.items()}, file)
         trained[who] = load_file(file)

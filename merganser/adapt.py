@@ -16,7 +16,8 @@ from .card import digest, is_done, key_of
 from .errors import HeadError, SentenceError
 from .models.encoder import features
 from .models.heads import AnyHead, Head, Span, check_width
-from .models.inputs import Prompts, Subset, digest_parts
+from .models.inputs import Prompts, Subset, inputs_digest
+from .models.targets import Targets
 from .progress import Progress, silent
 from .sentence import Step, knobs_of, parse_words
 from .steps.tokens import TopTokens, top_tokens
@@ -45,13 +46,15 @@ def adapt(
     heads_key: str | None = None,
     progress: Progress = silent,
     _place: Callable[[str], Path] | None = None,
+    _targets: Path | None = None,
 ) -> dict[str, Mapping[str, Tensor]]:
     """Return every expert's adapted weights, on unlabeled ``inputs`` alone.
 
     ``heads``: one an expert, under the expert's name; a language model has none, its ``inputs`` are `Prompts` of every
     expert's kind and generic text. ``how``: adapt steps, such as ``"ri(steps=300)"``. ``into``: a
     folder; each expert gets its own in it, one that its card proves done is read back, and one that was interrupted
-    goes on from its last checkpoint to the same result; one that a step keeps an adapter (`ri`) is written as one.
+    goes on from its last checkpoint to the same result; one that a step keeps an adapter (`ri`) is written as one. What
+    base and experts say is kept there too, in ``.targets`` (see `models.targets`), for the next words on the same inputs.
     ``kind``: "fp32", "bf16" or "auto" (see `models.encoder`).
     ``heads_key``: what the heads were made from, where that is known; their own numbers may differ in the last bit from
     one number of threads to another, and would have everything done again.
@@ -74,11 +77,13 @@ def adapt(
     same = {"base": digest(theta0), "heads": heads_key or heads_digest(heads), "inputs": inputs_digest(inputs)}
     given: dict[str, Any] = {"encoder": encoder, "_precision": kind}
     originals = dict(thetas)
+    together: dict[str, Any] = {"_originals": originals}
     if isinstance(inputs, Prompts):
-        given["_base_features"] = remembered_tokens(encoder, theta0, inputs, kind, key_of([same, kind]), into)
+        given["_base_tokens"] = remembered_tokens(encoder, theta0, inputs, kind, key_of([same, kind]), into)
+        together["_expert_tokens"] = _by_expert(encoder, originals, inputs, kind)
     else:
-        given["_base_features"] = remembered(encoder, theta0, inputs, kind)
-    together = {"_originals": originals, "_expert_features": _by_expert(encoder, originals, inputs, kind)}
+        shared = _targets or (into and Path(into) / ".targets")
+        given["_targets"] = Targets(encoder, inputs, kind, Path(shared) if shared else None)
 
     def place(told: str) -> Path | None:
         return _place(told) if _place else _within(into, told, how_text(steps))
@@ -145,14 +150,11 @@ class _Expert:
         return written
 
 
-def _by_expert(encoder: nn.Module, experts: Mapping[str, Mapping[str, Tensor]], inputs: Any, kind: str) -> Any:
-    """Return a function from an expert's name to what it says: as `remembered`, a language model's on its own prompts."""
-    if isinstance(inputs, Prompts):
-        own = {name: Subset(inputs, inputs.of(name)) for name in experts}
-        known = {name: remembered_tokens(encoder, w, own[name], kind) for name, w in experts.items()}
-    else:
-        known = {name: remembered(encoder, weights, inputs, kind) for name, weights in experts.items()}
-    return lambda name, what: known[name](what)
+def _by_expert(encoder: nn.Module, experts: Mapping[str, Mapping[str, Tensor]], inputs: Prompts, kind: str) -> Any:
+    """Return a function from the name of a language model to what it says on its own prompts."""
+    own = {name: Subset(inputs, inputs.of(name)) for name in experts}
+    known = {name: remembered_tokens(encoder, w, own[name], kind) for name, w in experts.items()}
+    return lambda name, k: known[name](k)
 
 
 def _taken(step: Step, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -243,16 +245,6 @@ def check_fit(encoder: nn.Module, base: Mapping[str, Tensor], heads: Mapping[str
             raise HeadError(f"head '{name}' must give logits [batch, classes], gave {list(logits.shape)} for one input")
 
 
-def remembered(encoder: nn.Module, base: Mapping[str, Tensor], inputs: Any, kind: str) -> Any:
-    """Return a function from indices to the base's features; each set of indices is computed once for all experts."""
-
-    @cache
-    def compute(indices: tuple[int, ...]) -> Tensor:
-        return features(encoder, base, Subset(inputs, torch.tensor(indices)), kind=kind)
-
-    return lambda indices: compute(tuple(indices.tolist()))
-
-
 def remembered_tokens(
     encoder: nn.Module,
     weights: Mapping[str, Tensor],
@@ -283,8 +275,3 @@ def heads_digest(heads: Mapping[str, AnyHead]) -> str:
         else:
             parts[name] = getattr(head, "__qualname__", type(head).__qualname__)
     return key_of(parts)
-
-
-def inputs_digest(inputs: Any) -> str:
-    """Return a digest of inputs."""
-    return digest({str(k): part for k, part in enumerate(digest_parts(inputs))})

@@ -152,6 +152,7 @@ def adapt_all(ready: Prepared, folder: Path, stages: _Stages) -> dict[str, Mappi
             heads_key=ready.heads_key,
             progress=stages.progress,
             _place=lambda part: folder / "adapted" / slug(part),
+            _targets=folder / "adapted" / ".targets",
         )
         stages.note(f"adapt {how}", started, reused=before == {name: read_card(into / name) for name in ready.experts})
     return adapted

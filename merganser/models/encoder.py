@@ -51,10 +51,14 @@ def precision(kind: str = "auto") -> AbstractContextManager[Any]:
 
     Master weights stay in fp32 whatever the kind.
     """
-    where = device().type
-    if kind == "auto":
-        kind = "bf16" if _has_bf16(where) else "fp32"
-    return torch.autocast(where, dtype=torch.bfloat16) if kind == "bf16" else nullcontext()
+    return torch.autocast(device().type, dtype=torch.bfloat16) if settled(kind) == "bf16" else nullcontext()
+
+
+def settled(kind: str) -> str:
+    """Return "fp32" or "bf16", as "auto" is here."""
+    if kind != "auto":
+        return kind
+    return "bf16" if _has_bf16(device().type) else "fp32"
 
 
 def _has_bf16(where: str) -> bool:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..card import digest
+
 
 @dataclass(frozen=True)
 class Texts:
@@ -131,6 +133,11 @@ def digest_parts(inputs: Any) -> list[Tensor]:
     if hasattr(inputs, "digest_parts"):
         return inputs.digest_parts()
     return [torch.tensor([len(inputs)])]
+
+
+def inputs_digest(inputs: Any) -> str:
+    """Return a digest of inputs."""
+    return digest({str(k): part for k, part in enumerate(digest_parts(inputs))})
 
 
 class Subset:

@@ -11,6 +11,7 @@ from ..models.device import home, there
 from ..models.encoder import bound, forward, loaded
 from ..models.inputs import take
 from ..models.statistics import counters, is_statistic, moving
+from ..models.targets import Rows
 from .rank import Ranked
 from .student import Student
 from .twins import Twins
@@ -128,7 +129,7 @@ def arrived(delta: Tensor, without: Tensor | None, tau: Tensor) -> Tensor:
 class Everyone(Twins):
     """Distances to every expert under its own head; the weights of the two terms are those of `Twins`."""
 
-    def remember_all(self, at: Tensor, n: int, experts: Mapping[str, Tensor]) -> None:
+    def remember_all(self, at: Tensor, n: int, experts: Mapping[str, Tensor | Rows]) -> None:
         """Keep every expert's features for the inputs ``at``, out of ``n``, by its name."""
         self.experts = experts
         self.remember(at, n, experts[self.own], experts[self.own])

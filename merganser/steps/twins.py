@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..models.heads import AnyHead, Head, Span, Stacked, check_width
+from ..models.targets import Rows
 
 DISTANCES = ("kl", "reverse", "js", "ce", "mse", "cosine")
 FORMS = ("heads", "rows", "features")
@@ -38,7 +39,7 @@ class Twins:
         self.stacked = Stacked(heads)
         self.hidden = dict(hidden or {})
 
-    def remember(self, at: Tensor, n: int, base: Tensor, expert: Tensor) -> None:
+    def remember(self, at: Tensor, n: int, base: Tensor | Rows, expert: Tensor | Rows) -> None:
         """Keep the features of base and expert for the inputs ``at``, out of ``n``."""
         check_width(self.heads, base.shape[1])
         self.row = torch.full((n,), -1, dtype=torch.int64)

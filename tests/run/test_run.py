@@ -255,7 +255,9 @@ def test_sentences_that_begin_alike_share_their_adapted_experts(user, tmp_path):
     done = call("run", user / "together.toml", "--to", tmp_path / "out")
     assert done.exit_code == 0, done.output
     folders = sorted(p.name for p in (tmp_path / "out" / "adapted").iterdir())
-    assert folders == ["ri-steps-4-lr-0.003", "ri-steps-4-lr-0.003-coadapt-steps-4-lr-0.003"]
+    assert folders == [".targets", "ri-steps-4-lr-0.003", "ri-steps-4-lr-0.003-coadapt-steps-4-lr-0.003"]
+    files = list((tmp_path / "out" / "adapted" / ".targets").iterdir())
+    assert len(files) == 4, "what the base and three experts say, for both words"
     again = json.loads(call("run", user / "together.toml", "--to", tmp_path / "out", "--dry-run", "--json").stdout)
     assert all(one["done"] for one in again["plan"]["stages"])
 

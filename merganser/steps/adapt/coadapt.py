@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...errors import HeadError
-from ...models.encoder import features
 from ...models.heads import AnyHead
 from ...models.inputs import Prompts, Subset
+from ...models.targets import Targets
 from ...progress import Tick
 from ...sentence import parse
 from ...train import Checkpoint, Plan
@@ -57,8 +57,9 @@ def coadapt(
     seed: int = 0,
     _originals: Mapping[str, Weights] | None = None,
     _precision: str = "auto",
-    _base_features: Callable[[Any], Any] | None = None,
-    _expert_features: Callable[[str, Any], Any] | None = None,
+    _base_tokens: Callable[[int], TopTokens] | None = None,
+    _expert_tokens: Callable[[str, int], TopTokens] | None = None,
+    _targets: Targets | None = None,
     _checkpoint: Checkpoint | None = None,
     _log: Path | None = None,
     _tick: Tick = lambda _advance=1, **_terms: None,
@@ -104,13 +105,14 @@ def coadapt(
     if isinstance(inputs, Prompts) and temperature != 1:
         raise ValueError("temperature is about heads, which a language model has not")
     how: dict[str, Any] = {"alpha": alpha, "distance": distance}
-    ask = _Ask(encoder, _originals or {own: expert, **others}, inputs, _precision, _tick)
+    originals = _originals or {own: expert, **others}
     split: Any
     terms: Any
     if isinstance(inputs, Prompts):
         split = Halves(inputs, own, steps, batch, held_out, seed)
-        theirs = _base_features(top) if _base_features else top_tokens(encoder, base, inputs, top, kind=_precision)
-        mine = {name: (_expert_features or ask.tokens)(name, top) for name in inputs.names if name in ask.experts}
+        theirs = _base_tokens(top) if _base_tokens else top_tokens(encoder, base, inputs, top, kind=_precision)
+        ask = _Ask(encoder, originals, inputs, _precision, _tick)
+        mine = {name: (_expert_tokens or ask.tokens)(name, top) for name in inputs.names if name in ask.experts}
         terms = NextTokens(inputs, own, wanted=ByKind(inputs, mine, theirs), **how)
     else:
         split = Split(inputs, steps, batch, held_out, seed)
@@ -118,7 +120,9 @@ def coadapt(
         hidden = {name: same for name, (same, _) in overlapping(everyone, own, overlap).items()}
         terms = Everyone(everyone, own, hidden=hidden, temperature=temperature, **how)
         at = split.everything
-        terms.remember_all(at, len(inputs), {n: (_expert_features or ask.features)(n, at) for n in everyone})
+        said = _targets or Targets(encoder, inputs, _precision)
+        told = targets_told(_tick)
+        terms.remember_all(at, len(inputs), {n: said(originals[n], at, progress=told) for n in everyone})
     names = chosen(trainable(expert, base, encoder), only)
     trained = Ranked(expert, names, rank, seed, base=base, within=within, experts=1 + len(others))
     student = Inside(expert, base, others, encoder, inputs, trained, _precision, (low, high), seed, merger)
@@ -141,10 +145,6 @@ class _Ask:
 
     def __init__(self, encoder: nn.Module, experts: Mapping[str, Weights], inputs: Any, kind: str, tick: Tick):
         self.encoder, self.experts, self.inputs, self.kind, self.tick = encoder, experts, inputs, kind, tick
-
-    def features(self, name: str, at: Tensor) -> Tensor:
-        some, told = Subset(self.inputs, at), targets_told(self.tick)
-        return features(self.encoder, self.experts[name], some, kind=self.kind, progress=told)
 
     def tokens(self, name: str, top: int) -> TopTokens:
         """An expert's most likely next tokens on its own prompts."""

@@ -1,6 +1,6 @@
 """DisTaC: bring a task vector to a wanted length and confidence before merging, and distil back what that lost."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from ...errors import HeadError
 from ...models.device import home
-from ...models.encoder import features
 from ...models.heads import AnyHead
-from ...models.inputs import Subset
+from ...models.targets import Targets
 from ...progress import Tick
 from ...train import Checkpoint, Plan
 from ..knobs import check_training
@@ -42,7 +41,7 @@ def distac(
     patience: int = 3,
     seed: int = 0,
     _precision: str = "auto",
-    _base_features: Callable[[Tensor], Tensor] | None = None,
+    _targets: Targets | None = None,
     _checkpoint: Checkpoint | None = None,
     _log: Path | None = None,
     _tick: Tick = lambda _advance=1, **_terms: None,
@@ -82,7 +81,8 @@ def distac(
         raise HeadError(f"expert '{own}' has no head of that name; heads: {', '.join(heads)}")
     split = Split(inputs, steps, batch, held_out, seed)
     at, head = split.everything, heads[own]
-    targets = features(encoder, expert, Subset(inputs, at), kind=_precision, progress=targets_told(_tick))
+    said = _targets or Targets(encoder, inputs, _precision)
+    targets = said(expert, at, keep=False, progress=targets_told(_tick))
     row = at.new_full((len(inputs),), -1)
     row[at] = torch.arange(len(at))
     names = trainable(expert, base, encoder)

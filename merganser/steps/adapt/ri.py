@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...errors import HeadError
-from ...models.encoder import features
 from ...models.heads import AnyHead, Span
 from ...models.inputs import Prompts, Subset
+from ...models.targets import Targets
 from ...progress import Tick
 from ...train import Checkpoint, Plan
 from ..guard import Guard
@@ -52,7 +52,8 @@ def ri(
     patience: int = 3,
     seed: int = 0,
     _precision: str = "auto",
-    _base_features: Callable[[Any], Any] | None = None,
+    _base_tokens: Callable[[int], TopTokens] | None = None,
+    _targets: Targets | None = None,
     _checkpoint: Checkpoint | None = None,
     _log: Path | None = None,
     _tick: Tick = lambda _advance=1, **_terms: None,
@@ -119,7 +120,7 @@ def ri(
         if (temperature, form, sample) != (1, "heads", 0):
             raise ValueError("temperature, form and sample are about heads, which a language model has not")
         split = Halves(inputs, own, steps, batch, held_out, seed)
-        terms = _spoken(expert, base, inputs, own, encoder, top, _base_features, _precision, _tick, how)
+        terms = _spoken(expert, base, inputs, own, encoder, top, _base_tokens, _precision, _tick, how)
     else:
         if form != "rows" and (spans := [name for name, head in heads.items() if isinstance(head, Span)]):
             raise HeadError(f"'{spans[0]}' is a span, which only ri(form='rows') keeps; this is form='{form}'")
@@ -127,9 +128,9 @@ def ri(
         hidden = {name: same for name, (same, _) in overlapping(heads, own, overlap).items()} if form == "heads" else {}
         terms = Twins(heads, own, hidden=hidden, temperature=temperature, form=form, sample=sample, **how)
         at = split.everything
-        base_features = _base_features or (lambda at: features(encoder, base, Subset(inputs, at), kind=_precision))
-        mine = features(encoder, expert, Subset(inputs, at), kind=_precision, progress=targets_told(_tick))
-        terms.remember(at, len(inputs), base_features(at), mine)
+        said = _targets or Targets(encoder, inputs, _precision)
+        mine = said(expert, at, keep=False, progress=targets_told(_tick))
+        terms.remember(at, len(inputs), said(base, at), mine)
     names = chosen(trainable(expert, base, encoder), only)
     if blocks:
         last = set(last_blocks(list(base), blocks))

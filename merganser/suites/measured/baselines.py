@@ -87,6 +87,7 @@ class _Ways:
                 ready.base, ready.experts, encoder=ready.encoder, heads=ready.heads, inputs=ready.inputs, how=words,
                 into=place / slug(words), seed=ready.recipe.seed, kind=ready.kind, heads_key=ready.heads_key,
                 progress=self.asked.progress, _place=lambda part: place / slug(part),
+                _targets=place / ".targets",
             )  # fmt: skip
         return score_sentence(ready, sentence, self.experts[words], progress=self.asked.progress)[-1].scores
 
