@@ -51,6 +51,9 @@ class Targets:
     def __init__(self, encoder: nn.Module, inputs: Any, kind: str = "auto", folder: Path | None = None):
         self.encoder, self.inputs, self.kind, self.folder = encoder, inputs, settled(kind), folder
         self.known: dict[str, Rows] = {}
+        self.digests: dict[
+            int, tuple[Mapping[str, Tensor], str]
+        ] = {}  # by the object, which is held so that it stays one
         self.same: list[Any] | None = None
 
     def __call__(
@@ -62,7 +65,7 @@ class Targets:
         progress: Progress | None = None,
     ) -> Rows:
         """Return the features of the inputs ``at``; without a folder, ``keep`` tells whether they stay in memory."""
-        key = self._key(weights, at) if keep or self.folder else ""
+        key = self._key(weights, at, keep) if keep or self.folder else ""
         if key in self.known:
             return self.known[key]
         path = self.folder / f"{key[:32]}.npy" if self.folder else None
@@ -76,11 +79,15 @@ class Targets:
             self.known[key] = rows
         return rows
 
-    def _key(self, weights: Mapping[str, Tensor], at: Int[Tensor, "n"]) -> str:
+    def _key(self, weights: Mapping[str, Tensor], at: Int[Tensor, "n"], keep: bool) -> str:
         if self.same is None:
             encoder = [type(self.encoder).__qualname__, getattr(self.encoder, "pooling", None)]
             self.same = [encoder, self.kind, inputs_digest(self.inputs)]
-        return key_of([*self.same, digest(weights), digest({"at": at})])
+        if (known := self.digests.get(id(weights))) is None:
+            known = weights, digest(weights)
+            if keep:
+                self.digests[id(weights)] = known
+        return key_of([*self.same, known[1], digest({"at": at})])
 
 
 def _fits(x: Float[Tensor, "n width"]) -> bool:
