@@ -112,7 +112,8 @@ def training_files(sizes: Mapping[str, int], data: DataSet) -> list[str]:
     if not inside:
         raise DataError(f"{wrote}: has no folder or file '{data.under}'")
     kinds = [*((kind,) for kind in ROWS), PICTURES]
-    found = next((files for kind in kinds if (files := sorted(f for f in inside if f.lower().endswith(kind)))), [])
+    meant = inside if data.under else {file for file in inside if not _beside(file)}
+    found = next((files for kind in kinds if (files := sorted(f for f in meant if f.lower().endswith(kind)))), [])
     if not found:
         copy = f"hub:{data.repo}@refs/convert/parquet"
         raise DataError(f"{wrote}: no {', '.join(ROWS)} or pictures there; try the Hub's own copy in parquet, {copy}")
@@ -125,6 +126,14 @@ def training_files(sizes: Mapping[str, int], data: DataSet) -> list[str]:
     if total > MOST and data.under not in chosen:
         raise DataError(f"{wrote}: {total / 1e9:.0f} GB in {len(chosen)} files; name one: {wrote}/{chosen[0]}")
     return chosen
+
+
+def _beside(file: str) -> bool:
+    """Tell whether a file is of a kind that stands beside data: a licence in .txt, a drawing at the top."""
+    name = file.lower()
+    return (name.endswith((".txt", ".txt.gz")) and _split(file) is None) or (
+        name.endswith(PICTURES) and "/" not in file
+    )
 
 
 def _of_training(files: Sequence[str]) -> list[str]:

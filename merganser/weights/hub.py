@@ -210,7 +210,8 @@ def one_line(name: str, what: str = "model", wrong: type[MerganserError] = Weigh
     except Exception as error:
         if is_offline(error):
             raise wrong(
-                f"{lacking}the Hub cannot be reached ({type(error).__name__}); the cache does not have it either"
+                f"{lacking}the Hub cannot be reached ({type(error).__name__}) and the cache does not have it; "
+                f"fetch it once with a network"
             ) from None
         said = str(error).strip().splitlines()
         raise wrong(f"'{name}' cannot be fetched from the Hub: {said[0] if said else type(error).__name__}") from None

@@ -106,6 +106,10 @@ def test_which_files_are_the_training_split():
     assert chosen("default/train/0000.parquet", "default/validation/0000.parquet") == ["default/train/0000.parquet"]
     assert chosen("trainers.parquet", "dev.parquet") == ["trainers.parquet"], "a word that only begins like a split"
     assert chosen("dev.parquet") == ["dev.parquet"]
+    assert chosen("LICENSE.txt", "train.txt", "test.txt") == ["train.txt"]
+    with pytest.raises(DataError, match=r"no \.parquet"):
+        chosen("LICENSE.txt", "drawing.png", "train.csv")
+    assert chosen("LICENSE.txt", "a.txt", under="a.txt") == ["a.txt"]
     assert chosen("a/1.jpg", "b/2.JPG") == ["a/1.jpg", "b/2.JPG"], "folders of pictures are classes"
     with pytest.raises(DataError, match=r"several configurations \(data/de, data/en\)"):
         chosen("data/de/train-0.parquet", "data/en/train-0.parquet")
