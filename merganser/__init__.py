@@ -35,6 +35,7 @@ __version__ = "0.1.0"
 _HOME = {
     "adapt": "adapt",
     "check": "check",
+    "distil": "learn.distil",
     "Diagnosis": "diagnose.interference",
     "diagnose": "diagnose.interference",
     "Scores": "evaluate.run",

@@ -489,6 +489,31 @@ def learn(
     say({what: told}, as_json, f"{what} learned into {to}; use: {use}")
 
 
+@app.command()
+@guarded
+def distil(
+    recipe: Recipe,
+    model: Annotated[Path, typer.Argument(help="The merged model to begin at.")],
+    to: To = Path("distilled"),
+    steps: Annotated[int, typer.Option(min=1, help="At most so many steps.")] = 400,
+    lr: Annotated[float, typer.Option(help="The peak learning rate.")] = 5e-5,
+    batch: Annotated[int, typer.Option(min=1, help="Inputs a step.")] = 32,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Teach a merged model what a recipe's experts say, on the recipe's unlabeled inputs; resumes where it was stopped."""
+    if dry_run:
+        from .dry_run import check_distil
+
+        return tell(check_distil(recipe, model, to), as_json)
+    from .learn.distil import distil_model
+    from .progress import bars
+    from .recipe import read_recipe
+
+    distil_model(read_recipe(recipe), model, to, steps=steps, lr=lr, batch=batch, progress=bars)
+    say({"distilled": str(to)}, as_json, f"distilled into {to}; score it: merganser eval {recipe} {model} {to}")
+
+
 @app.command("eval")
 @guarded
 def evaluate(

@@ -120,6 +120,25 @@ def check_learn(
     return found
 
 
+def check_distil(path: str | Path, model: str | Path, into: str | Path) -> Findings:
+    """Return all that will go wrong with `distil`."""
+    from .learn.distil import check_inputs
+    from .weights.save import refuse_overwriting
+
+    found, recipe = _read(path, into)
+    if recipe is None:
+        return found
+    with found.gather("inputs"):
+        check_inputs(recipe)
+    with found.gather(f"model '{model}'"):
+        refuse_overwriting(into, model, recipe.model.base, *recipe.experts.values())
+        base = open_headers(recipe.model.base)
+        _fits(found, base, over(base, open_headers(model)), recipe.own, f"model '{model}'")
+    check_folder(found, Path(into))
+    found.plan["stages"] = [{"stage": f"distil {model}", "done": False}]
+    return found
+
+
 def check_models(path: str | Path, models: Sequence[str | Path], verb: str, surgery: Path | None = None) -> Findings:
     """Return all that will go wrong with `eval` or `diagnose`; ``surgery``: corrections of the one model's features."""
     found, recipe = _read(path)

@@ -5,7 +5,7 @@ but those of the validation split, on which a scale is chosen where there is one
 and backward through a network; targets come on top.
 
     multi-task distillation   the base, taught what every expert says under its own head
-    MERGER, then distil       the same, beginning at the tuned merger
+    SENTENCE, then distil     the same, beginning at what a merger, or the last behind `ri | coadapt`, makes at its best scale
     adamerging                a coefficient an expert and tensor, least entropy under all heads
 
 They give one model; the ways with adapt words give experts, which any merger can take.
@@ -21,21 +21,17 @@ from ...adapt import adapt, how_text, slug
 from ...evaluate.run import Model, Scores, evaluate, gained
 from ...evaluate.table import Row
 from ...learn.coefficients import adamerging
+from ...learn.distil import distil
 from ...merge import merge
-from ...models.device import home
-from ...models.encoder import features
-from ...models.inputs import Subset
 from ...prepare import prepare
-from ...sentence import knobs_of, parse
+from ...sentence import Sentence, knobs_of, parse
 from ...steps.adapt.ri import ri
-from ...steps.moving import Moving
-from ...steps.student import Split, Student, trainable
-from ...steps.together import Everyone
 from ...sweep import delta_of, merged_at, score_sentence
-from ...train import Checkpoint, Plan
+from ...train import Checkpoint
 from ..studies import Asked, gain_text, kept
 
 STEPS = 1000  # of AdaMerging, 16 inputs each
+ALONE, THEN = "multi-task distillation", ", then distil"
 Weights = Mapping[str, Tensor]
 
 
@@ -58,11 +54,11 @@ class _Ways:
         sentences += [told for merger in more for told in (merger, f"{alone} | {merger}", f"{both} | {merger}")]
         return {
             **{told: partial(self._sentence, told) for told in sentences},
-            "multi-task distillation": lambda: self._distilled("multi-task distillation", lambda: self.ready.base),
+            ALONE: lambda: self._distilled(ALONE, lambda: self.ready.base),
             **{
                 name: partial(self._distilled, name, partial(self._merged, merger))
-                for merger in self.asked.mergers
-                for name in [f"{merger}, then distil"]
+                for merger in [*self.asked.mergers, f"{both} | {self.asked.mergers[-1]}"]
+                for name in [f"{merger}{THEN}"]
             },
             "adamerging": self._adamerging,
         }
@@ -76,10 +72,15 @@ class _Ways:
         """Return how many inputs a way trains on, all experts together."""
         if name == "adamerging":
             return STEPS * 16
-        times = 1 if "distil" in name else len(parse(name).adapt)
+        told = name.removesuffix(THEN)
+        times = (told != name) + len(parse(told).adapt) if told != ALONE else 1
         return times * self.steps * self.batch * len(self.ready.experts)
 
     def _sentence(self, told: str) -> Scores:
+        return score_sentence(self.ready, *self._made(told), progress=self.asked.progress)[-1].scores
+
+    def _made(self, told: str) -> tuple[Sentence, Mapping[str, Weights]]:
+        """Return a sentence and the experts behind its adapt words."""
         sentence, ready, place = parse(told), self.ready, self.place / "adapted"
         words = how_text(sentence.adapt)
         if words not in self.experts:
@@ -89,15 +90,16 @@ class _Ways:
                 progress=self.asked.progress, _place=lambda part: place / slug(part),
                 _targets=place / ".targets",
             )  # fmt: skip
-        return score_sentence(ready, sentence, self.experts[words], progress=self.asked.progress)[-1].scores
+        return sentence, self.experts[words]
 
     def _one(self, weights: Weights) -> Scores:
         return evaluate(Model(self.ready.encoder, weights, self.ready.heads, self.ready.kind), self.ready.test)
 
-    def _merged(self, merger: str) -> Weights:
-        """Return what a merger makes at its best scale."""
-        scored = score_sentence(self.ready, parse(merger), self.ready.experts, progress=self.asked.progress)[-1]
-        return merged_at(self.ready, delta_of(self.ready, parse(merger), self.ready.experts), scored.scale or 1.0)
+    def _merged(self, told: str) -> Weights:
+        """Return what a sentence makes at its best scale."""
+        made = self._made(told)
+        scored = score_sentence(self.ready, *made, progress=self.asked.progress)[-1]
+        return merged_at(self.ready, delta_of(self.ready, *made), scored.scale or 1.0)
 
     def _adamerging(self) -> Scores:
         ready = self.ready
@@ -110,33 +112,14 @@ class _Ways:
 
     def _distilled(self, name: str, start: Callable[[], Weights]) -> Scores:
         """Train one student for as many steps as all experts together have in ``ri``."""
-        steps, begin = self.steps * len(self.ready.experts), start()
-        split = Split(self.ready.inputs, steps, self.batch, 0.05, self.ready.recipe.seed)
-        student, loss = self._student(begin, split)
-        place = self.place / "distilled" / slug(name)
-        with self.asked.progress(name, steps) as tick:
-            best = student.train(
-                loss, split, Plan(steps, self.lr, 1e-4, patience=3), log=place.with_suffix(".jsonl"), tick=tick,
-                checkpoint=Checkpoint(place.with_suffix(".safetensors"), name),
-            )  # fmt: skip
-        return self._one({**begin, **home(best)})
-
-    def _student(self, start: Weights, split: Split) -> tuple[Student, Callable[[Tensor], Any]]:
-        """Return a student of all experts and its loss, KL under every head alike."""
-        ready, count, at = self.ready, len(self.ready.experts), split.everything
-        said = {
-            n: features(ready.encoder, w, Subset(ready.inputs, at), kind=ready.kind) for n, w in ready.experts.items()
-        }
-        terms = Everyone(ready.heads, next(iter(ready.heads)), alpha=count - 1.0)
-        terms.remember_all(at, len(ready.inputs), said)
-        names = dict.fromkeys(n for w in ready.experts.values() for n in trainable(w, ready.base, ready.encoder))
-        student = Student(start, ready.encoder, ready.inputs, Moving({n: start[n] for n in names}), ready.kind)
-
-        def loss(at: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            value, told = terms(at, student(at))
-            return value / count, told
-
-        return student, loss
+        ready, place = self.ready, self.place / "distilled" / slug(name)
+        made = distil(
+            start(), ready.experts, ready.base, encoder=ready.encoder, heads=ready.heads, inputs=ready.inputs,
+            steps=self.steps * len(ready.experts), lr=self.lr, batch=self.batch, seed=ready.recipe.seed, kind=ready.kind,
+            checkpoint=Checkpoint(place.with_suffix(".safetensors"), name), log=place.with_suffix(".jsonl"),
+            progress=self.asked.progress,
+        )  # fmt: skip
+        return self._one(made)
 
 
 def measure(asked: Asked) -> dict[str, Any]:
@@ -162,4 +145,5 @@ def measure(asked: Asked) -> dict[str, Any]:
 
 def _short(name: str) -> str:
     """Return a way's name without knobs."""
-    return " | ".join(step.name for step in parse(name).steps) if "|" in name else name
+    told = name.removesuffix(THEN)
+    return " | ".join(step.name for step in parse(told).steps) + name[len(told) :] if "|" in told else name
