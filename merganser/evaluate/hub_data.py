@@ -15,7 +15,7 @@ from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..errors import DataError, MerganserError
+from ..errors import DataError
 from ..weights import hub
 from .pictures import SUFFIXES as PICTURES
 
@@ -59,50 +59,44 @@ def fetched(source: str | Path) -> list[Path]:
     Raises DataError (no such data set or folder, several configurations, gated, too large to be fetched unasked, no
     network and not cached) and MissingExtra.
     """
-    data = known_data(source)
-    client = hub.client(str(source))
+    data, client = known_data(source), hub.client(str(source))
     with hub.one_line(data.name, "data set", DataError):
-        try:
-            sizes = _sizes(client, data)
-        except Exception as error:
-            if isinstance(error, MerganserError) or not hub.is_offline(error):
-                raise
-            return _cached(client, data, error)
+        sizes, folder = _files(client, data)
         files = training_files(sizes, data)
-        folder = hub.fetch(client, data.repo, data.revision, files, "dataset")
-        return [folder / file for file in files]
+        folder = folder or hub.fetch(client, data.repo, data.revision, files, "dataset")
+    return [folder / file for file in files]
 
 
 def check_data(source: str | Path) -> int:
-    """Return the bytes of a data set's training files on the Hub, fetching nothing. Raises as `fetched` does."""
-    data = known_data(source)
-    client = hub.client(str(source))
+    """Return the bytes of a data set's training files, fetching nothing. Raises as `fetched` does."""
+    data, client = known_data(source), hub.client(str(source))
     with hub.one_line(data.name, "data set", DataError):
-        try:
-            sizes = _sizes(client, data)
-        except Exception as error:
-            if isinstance(error, MerganserError) or not hub.is_offline(error):
-                raise
-            return sum(file.stat().st_size for file in _cached(client, data, error))
+        sizes, _ = _files(client, data)
         return sum(sizes[file] for file in training_files(sizes, data))
 
 
-def _sizes(client: Any, data: DataSet) -> dict[str, int]:
-    told = client.HfApi().dataset_info(data.repo, revision=data.revision, files_metadata=True)
-    return {file.rfilename: file.size or 0 for file in told.siblings or []}
+def _files(client: Any, data: DataSet) -> tuple[dict[str, int], Path | None]:
+    """Return a data set's files and their bytes; without a network those in the cache, and the folder they lie in."""
+    try:
+        told = client.HfApi().dataset_info(data.repo, revision=data.revision, files_metadata=True)
+        return {file.rfilename: file.size or 0 for file in told.siblings or []}, None
+    except Exception as error:
+        if not hub.is_offline(error):
+            raise
+        folder = _cached(client, data, error)
+        there = (file for file in folder.rglob("*") if file.is_file())
+        return {file.relative_to(folder).as_posix(): file.stat().st_size for file in there}, folder
 
 
-def _cached(client: Any, data: DataSet, error: Exception) -> list[Path]:
+def _cached(client: Any, data: DataSet, error: Exception) -> Path:
     try:  # without patterns the client would ask for every file of the repository
-        folder = Path(
+        return Path(
             client.snapshot_download(
                 data.repo, repo_type="dataset", revision=data.revision, local_files_only=True, allow_patterns=[]
             )
         )
     except Exception:
         raise error from None
-    there = {file.relative_to(folder).as_posix(): 0 for file in folder.rglob("*") if file.is_file()}
-    return [folder / file for file in training_files(there, data)]
 
 
 def training_files(sizes: Mapping[str, int], data: DataSet) -> list[str]:
