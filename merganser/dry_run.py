@@ -298,7 +298,7 @@ def _sentence(text: str, recipe: Any) -> None:
 def _tasks(found: Findings, recipe: Any) -> None:
     from .evaluate.task import read_task
     from .models.device import device
-    from .prepare import check_statistics, open_domains
+    from .prepare import check_choice, check_statistics, open_domains
 
     for name in recipe.experts:
         with found.gather(f"task '{name}'"):
@@ -307,13 +307,15 @@ def _tasks(found: Findings, recipe: Any) -> None:
                     f"expert '{name}' has no task of that name{did_you_mean(name, recipe.tasks)}; name it under [tasks]"
                 )
             task = read_task(recipe.tasks[name])
-            for split in ("test", *(["val"] if recipe.scales else [])):
+            for split in ("test", *(["val"] if recipe.scales and recipe.choose == "labels" else [])):
                 if split not in task.splits:
                     raise DataError(
                         f"task '{name}' has no {split} split; add {recipe.tasks[name] / split}.jsonl.gz or .npz"
                     )
     with found.gather("domains"):
         open_domains(recipe)
+    with found.gather("choose"):
+        check_choice(recipe)
     with found.gather("device"):
         device()
     with found.gather("model.statistics"):

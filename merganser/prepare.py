@@ -22,7 +22,7 @@ from .examine import asked_by, open_ingredients, try_out
 from .loop import is_float
 from .models.encoder import features
 from .models.heads import AnyHead, Head, class_mean_head, linear_head, zero_shot_head
-from .models.inputs import Subset, digest_parts
+from .models.inputs import Subset, digest_parts, inputs_digest
 from .models.open import open_encoder
 from .models.split import encoder_weights, split_head
 from .models.statistics import norms, reset_statistics
@@ -38,6 +38,7 @@ from .weights.stored import Stored
 from .where import Where, for_sentence
 
 RESET_ON = 512  # inputs that batch norms are measured on after a merge
+JUDGED_ON = 1000  # and those that a scale is chosen on where no label is asked
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,35 @@ class Prepared:
         """The unlabeled inputs that they are measured on, a random few."""
         at = torch.randperm(len(self.inputs), generator=torch.Generator().manual_seed(self.recipe.seed))
         return Subset(self.inputs, at[:RESET_ON])
+
+    @cached_property
+    def judged_on(self) -> Any:
+        """Some of the unlabeled inputs, a random few."""
+        at = torch.randperm(len(self.inputs), generator=torch.Generator().manual_seed(0))
+        return Subset(self.inputs, at[:JUDGED_ON])
+
+    @cached_property
+    def said(self) -> dict[str, Tensor]:
+        """The class that each expert says of each of them under its own head."""
+        found = {n: features(self.encoder, w, self.judged_on, kind=self.kind) for n, w in self.experts.items()}
+        return {n: self.heads[n](x).argmax(dim=1) for n, x in found.items()}
+
+    def judged(self, weights: Mapping[str, Tensor]) -> float:
+        """Return what scales are chosen by: the mean score on the validation splits, or the agreement with the experts.
+
+        That is the share of some unlabeled inputs of which a model says, under a head, the class that this head's expert
+        says; the mean over heads.
+        """
+        if self.recipe.choose == "labels":
+            return evaluate(Model(self.encoder, weights, self.heads, self.kind), self.val).mean
+        x = features(self.encoder, weights, self.judged_on, kind=self.kind)
+        same = [(self.heads[n](x).argmax(dim=1) == mine).double().mean() for n, mine in self.said.items()]
+        return float(torch.stack(same).mean())
+
+    @cached_property
+    def judged_by(self) -> list[str]:
+        """What the choice of a scale depends on, beside what a score does; nothing where labels choose."""
+        return [] if self.recipe.choose == "labels" else [self.recipe.choose, inputs_digest(self.judged_on)]
 
     @cached_property
     def union(self) -> Union | None:
@@ -186,6 +216,7 @@ def _prepare(recipe: Recipe, tick: Tick) -> Prepared:
     tasks = open_tasks(recipe)
     files, tokens = split_sources(recipe.inputs.files) if recipe.inputs else ([], [])
     raw = read_unlabeled(files, recipe.inputs.limit) if recipe.inputs and files else None
+    check_choice(recipe)
     splits = read_splits(recipe, tasks)
     domains = open_domains(recipe)
     tick(1)
@@ -278,13 +309,23 @@ def open_domains(recipe: Recipe) -> dict[str, Task]:
     return domains
 
 
+def check_choice(recipe: Recipe) -> None:
+    """Raise RecipeError where scales are to be chosen by the experts on unlabeled inputs and there are none."""
+    if recipe.choose == "experts" and recipe.inputs is None:
+        raise RecipeError('choose = "experts" needs unlabeled inputs: add [inputs] files = [...]')
+
+
 def read_splits(recipe: Recipe, tasks: Mapping[str, Task]) -> dict[str, dict[str, Split]]:
     """Return the val and test rows of every task, cut to the recipe's limits. Raises DataError at one that is missing."""
     limits = {"val": recipe.limits.val, "test": recipe.limits.test}
-    if recipe.scales and (lacking := [name for name, task in tasks.items() if "val" not in task.splits]):
+    if (
+        recipe.scales
+        and recipe.choose == "labels"
+        and (lacking := [name for name, task in tasks.items() if "val" not in task.splits])
+    ):
         raise DataError(
-            f"task '{lacking[0]}' has no val split to choose a scale on: add one, or set scales = [] to take every "
-            f"sentence as it is written"
+            f"task '{lacking[0]}' has no val split to choose a scale on: add one, set choose = \"experts\" (which needs no "
+            f"label), or scales = [] to take every sentence as it is written"
         )
     return {
         which: {n: t.split(which).first(limit) for n, t in tasks.items() if which == "test" or which in t.splits}

@@ -3,7 +3,7 @@
 title = "eight sentence tasks"
 sentences = ["task_arithmetic | scale(by=0.3)", "ri(steps=300) | task_arithmetic | scale(by=0.3)"]
 scales = [0.2, 0.4, 0.6]          # tried on the validation splits; [] takes every sentence as it is written;
-                                  # all_scales = true tries each, past the peak too
+                                  # all_scales = true tries each, past the peak too; choose = "experts" needs no label
 
 [model]
 base = "models/base"              # a Hugging Face folder, or what your own factory reads
@@ -96,7 +96,11 @@ class LimitPart(_Part):
 
 
 class Recipe(_Part):
-    """A whole run: base, experts, tasks, inputs and sentences."""
+    """A whole run: base, experts, tasks, inputs and sentences.
+
+    ``choose``: what scales are chosen by, the "labels" of the validation splits, or how often a merged model says on
+    unlabeled inputs, under every head, what that head's expert says ("experts").
+    """
 
     title: str = "merge"
     command: str | None = None
@@ -104,6 +108,7 @@ class Recipe(_Part):
     sentences: list[str] = Field(min_length=1)
     scales: list[float] = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0]
     all_scales: bool = False
+    choose: Literal["labels", "experts"] = "labels"
     own: list[str] = []
     model: ModelPart
     experts: dict[str, Path] = Field(min_length=1)

@@ -39,6 +39,8 @@ from .sweep import best_row, delta_of, score_experts, score_sentence
 from .weights.header import Picked, folder_of
 from .where import for_sentence
 
+CHOSEN = {"labels": "on validation data", "experts": "by agreement with the experts"}
+
 
 @dataclass
 class _Stages:
@@ -102,6 +104,7 @@ def run(recipe: "Recipe | str | Path", to: str | Path = "run", *, progress: Prog
         "title": recipe.title,
         "date": time.strftime("%Y-%m-%d"),
         "seed": recipe.seed,
+        "chosen": CHOSEN[recipe.choose],
         "command": recipe.command or "merganser run recipe.toml",
         "tasks": _tasks(ready),
         "adapted": {how: f"adapted/{slug(how)}" for how in experts if how},
@@ -165,7 +168,7 @@ def score_all(ready: Prepared, experts: Mapping[str, Any], stages: _Stages) -> l
         how = how_text(sentence.adapt)
         key = {
             "sentence": str(sentence),
-            "scales": [ready.recipe.scales, ready.recipe.all_scales],
+            "scales": [ready.recipe.scales, ready.recipe.all_scales, *ready.judged_by],
             "seed": ready.recipe.seed if sentence.merging.draws else None,
             "scored_on": ready.scored_on,
             "experts": _keys(ready, experts[how]),
@@ -197,7 +200,7 @@ def consumed(ready: Prepared, row: Row) -> list[str]:
     if ready.resets:
         used.append("unlabeled inputs for batch norm")
     if row.tuned:
-        used.append("validation labels")
+        used.append("validation labels" if ready.recipe.choose == "labels" else "unlabeled inputs for the scale")
     return used
 
 

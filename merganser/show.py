@@ -134,7 +134,8 @@ def show_table(scores: Mapping[str, Any]) -> None:
     width = max(len(label(row)) for row in shown) + sum(len(t) + 3 for t in tasks) + 28
     if console.is_terminal and width > console.width:
         tasks = []
-    table = _table(title=f"{scores['title']}: accuracy in percent, scale chosen on validation", title_justify="left")
+    chosen = scores.get("chosen", "on validation data")
+    table = _table(title=f"{scores['title']}: accuracy in percent, scale chosen {chosen}", title_justify="left")
     table.add_column("model", no_wrap=True)
     for task in tasks:
         table.add_column(task, justify="right")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .deltas import applied, merged_deltas
-from .evaluate.run import Model, Scores, evaluate
+from .evaluate.run import Scores
 from .evaluate.table import Row
 from .examine import asked_by, open_ingredients
 from .models.statistics import is_statistic
@@ -63,8 +63,7 @@ def score_sentence(
     with progress(f"score {sentence}", len(scales) + 2) as tick:
 
         def on_val(by: float) -> float:
-            model = Model(ready.encoder, merged_at(ready, delta, by), ready.heads, ready.kind)
-            val = evaluate(model, ready.val).mean
+            val = ready.judged(merged_at(ready, delta, by))
             tick(1, scale=by, val=val)
             return val
 

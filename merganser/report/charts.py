@@ -63,10 +63,11 @@ def scale_panel(
     levels: Sequence[tuple[str, float]],
     span: tuple[float, float],
     prefix: str,
+    judged: str = "validation data",
 ) -> Markup:
-    """Draw the score against the scaling coefficient, test solid and validation dashed, the chosen scale ringed.
+    """Draw the score against the scaling coefficient, test solid and what chose dashed, the chosen scale ringed.
 
-    Where the test splits were not scored along the curve, validation is the solid one.
+    ``judged``: what that is. Where the test splits were not scored along the curve, it is the solid one.
     ``curves``: (colour, label, [(scale, val, test)], chosen scale); ``levels``: (label, score) drawn across;
     ``span``: lowest and highest score of all panels, so that panels can be compared. Scores are fractions.
     """
@@ -89,7 +90,7 @@ def scale_panel(
             valued = [(x, val * 100) for x, val, _ in points if math.isfinite(val)]
             if tested:
                 axes.plot(*_columns(valued), color=HEX[colour], linewidth=1.1, dashes=(3, 2), alpha=0.75)
-            solid, where = (tested, "test") if tested else (valued, "validation")
+            solid, where = (tested, "test") if tested else (valued, judged)
             gid = f"curve{index}"
             axes.plot(*_columns(solid), "o-", color=HEX[colour], linewidth=1.8, markersize=3.6, gid=gid)
             tips[gid] = [f"{label}, scale {x:g}: {y:.1f} on {where}" for x, y in solid]

@@ -116,6 +116,7 @@ class Curve(Said):
 class Scores(Said):
     version: int = VERSION
     title: str = "merganser"
+    chosen: str = "on validation data"  # how scales were
     date: str = ""
     seed: int | None = None
     command: str = ""

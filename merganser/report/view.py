@@ -22,12 +22,18 @@ def run_view(run: Run, prefix: str) -> View:
     return {
         "prefix": prefix, "name": run.name, "title": scores.title, "date": scores.date, "seed": scores.seed,
         "command": scores.command, "metric": metric(run), "n_tasks": len(scores.tasks),
+        "chosen": scores.chosen, "judged": judged(run),
         "headline": headline(run), "tiles": tiles(run),
         "tables": tables(scores, titles), "domains": domains_view(run, titles),
         "drift": drift_view(run, titles), "xi": xi_view(run, titles, prefix),
         "training": training_view(run, titles, prefix), "scales": scales_view(run, prefix),
         "recipe": run.recipe, "ran": ran_view(run),
     }  # fmt: skip
+
+
+def judged(run: Run) -> str:
+    """What scales were chosen by, by itself: "validation data", "agreement with the experts"."""
+    return run.scores.chosen.partition(" ")[2]
 
 
 def metric(run: Run) -> str:
@@ -423,7 +429,7 @@ def scales_view(run: Run, prefix: str) -> list[View]:
             row = _row(run, merge, curve.adapt, tuned=True)
             points = [(point.scale, point.val, point.test) for point in sorted(curve.points, key=lambda p: p.scale)]
             drawn.append((_kind(curve.adapt), _label(curve.adapt), points, row.scale if row else None))
-        svg = charts.scale_panel(merge, drawn, levels, span, f"{prefix}-s{index}")
+        svg = charts.scale_panel(merge, drawn, levels, span, f"{prefix}-s{index}", judged(run))
         tested = any(math.isfinite(point.test) for curve in curves for point in curve.points)
         panels.append({"title": merge, "svg": svg, "tested": tested})
     return panels
