@@ -51,7 +51,8 @@ def main() -> None:
             found[choose].append(by_sentence(place, True))
         found["written"].append(by_sentence(asked.to / "labels" / f"seed-{seed}", False))
     lines, points = [], []
-    for name in found["labels"][0]:
+    order = sorted(found["labels"][0], key=lambda name: name.rpartition(" | ")[::-1])  # by merger, without ri first
+    for name in order:
         rows = {way: [seed[name] for seed in seeds] for way, seeds in found.items()}
         gain = gained([(a.scores, b.scores) for a, b in zip(rows["labels"], rows["experts"], strict=True)])
         mean = {way: sum(row.scores.mean for row in of) / len(of) for way, of in rows.items()}
