@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -20,15 +21,21 @@ def call(*args):
 
 
 @pytest.fixture
-def unlabelled(user):
+def mine(user, tmp_path):
+    """The user's folder, a copy that may be changed."""
+    return shutil.copytree(user, tmp_path / "mine")
+
+
+@pytest.fixture
+def unlabelled(mine):
     """The recipe with two mergers, scales of its own, and no validation split anywhere."""
-    recipe = (user / "recipe.toml").read_text()
+    recipe = (mine / "recipe.toml").read_text()
     recipe = re.sub(r"sentences = \[.*?\]\n", 'sentences = ["task_arithmetic", "ties"]\n', recipe, flags=re.DOTALL)
     recipe = re.sub(r"scales = .*\n", 'scales = [0.2, 0.4, 0.8]\nchoose = "experts"\n', recipe)
-    (user / "free.toml").write_text(recipe)
-    for file in user.glob("tasks/*/val*"):
+    (mine / "free.toml").write_text(recipe)
+    for file in mine.glob("tasks/*/val*"):
         file.unlink()
-    return user / "free.toml"
+    return mine / "free.toml"
 
 
 def agreement(ready, model):
@@ -63,33 +70,33 @@ def test_the_scale_is_the_one_that_agrees_most(unlabelled, tmp_path):
     assert "validation data" not in page
 
 
-def test_labels_and_experts_do_not_share_rows(user, unlabelled, tmp_path):
+def test_labels_and_experts_do_not_share_rows(mine, unlabelled, tmp_path):
     call("run", unlabelled, "--to", tmp_path / "out")
     again = call("run", unlabelled, "--to", tmp_path / "out", "--dry-run", "--json")
     assert all(one["done"] for one in json.loads(again.stdout)["plan"]["stages"])
     before = {p.name: p.read_bytes() for p in (tmp_path / "out" / "rows").iterdir()}
-    (user / "other.toml").write_text(
+    (mine / "other.toml").write_text(
         unlabelled.read_text().replace('choose = "experts"', "").replace("0.2, 0.4, 0.8", "")
     )
-    assert call("run", user / "other.toml", "--to", tmp_path / "out").exit_code == 0
+    assert call("run", mine / "other.toml", "--to", tmp_path / "out").exit_code == 0
     after = {p.name: p.read_bytes() for p in (tmp_path / "out" / "rows").iterdir()}
     assert all(before[name] != after[name] for name in ("ties.json", "task-arithmetic.json"))
     assert before["base-and-experts.json"] == after["base-and-experts.json"]
 
 
-def test_what_is_lacking_is_said_before_any_work(user, unlabelled, tmp_path):
+def test_what_is_lacking_is_said_before_any_work(mine, unlabelled, tmp_path):
     text = unlabelled.read_text()
-    (user / "labels.toml").write_text(text.replace('choose = "experts"', ""))
-    done = call("run", user / "labels.toml", "--to", tmp_path / "out")
+    (mine / "labels.toml").write_text(text.replace('choose = "experts"', ""))
+    done = call("run", mine / "labels.toml", "--to", tmp_path / "out")
     assert done.exit_code == 1
     assert 'choose = "experts"' in done.stderr
     start = text.index("[inputs]")
     stop = text.find("\n[", start)
-    (user / "bare.toml").write_text(text[:start] + (text[stop + 1 :] if stop > 0 else ""))
+    (mine / "bare.toml").write_text(text[:start] + (text[stop + 1 :] if stop > 0 else ""))
     for more in ((), ("--dry-run", "--json")):
-        done = call("run", user / "bare.toml", "--to", tmp_path / "out", *more)
+        done = call("run", mine / "bare.toml", "--to", tmp_path / "out", *more)
         assert done.exit_code == 1, done.output
         assert "needs unlabeled inputs" in done.output
-    (user / "typo.toml").write_text(text.replace('"experts"', '"expert"', 1))
-    assert call("run", user / "typo.toml", "--to", tmp_path / "out").exit_code == 1
+    (mine / "typo.toml").write_text(text.replace('"experts"', '"expert"', 1))
+    assert call("run", mine / "typo.toml", "--to", tmp_path / "out").exit_code == 1
     assert not (tmp_path / "out").exists()
