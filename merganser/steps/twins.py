@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -167,13 +168,42 @@ def overlapping(
 
 
 def _matched(cos: Float[Tensor, "own other"], threshold: float) -> list[tuple[int, int, float]]:
-    """Return one-to-one pairs of the largest cosines, greedily, which is optimal where classes are truly the same."""
-    left, pairs = cos.clone(), []
-    while (top := left.max().item()) >= threshold:
-        i, j = divmod(int(left.argmax()), left.shape[1])
-        pairs.append((i, j, top))
-        left[i], left[:, j] = -2, -2
-    return sorted(pairs)  # equal cosines come up in any order
+    """Return the one-to-one pairs of cosines of at least ``threshold`` whose sum is the largest."""
+    fit = cos >= threshold
+    rows, columns = fit.any(dim=1).nonzero()[:, 0].tolist(), fit.any(dim=0).nonzero()[:, 0].tolist()
+    worth = torch.where(fit, cos, 0.0)[rows][:, columns].numpy()
+    pairs = assigned(worth.T) if len(rows) > len(columns) else assigned(worth)
+    pairs = [(b, a) for a, b in pairs] if len(rows) > len(columns) else pairs
+    found = [(rows[a], columns[b]) for a, b in pairs]
+    return sorted((i, j, cos[i, j].item()) for i, j in found if fit[i, j])
+
+
+def assigned(worth: np.ndarray) -> list[tuple[int, int]]:
+    """Return the column of each row, no column twice, by which the sum of ``worth`` ``[rows, columns >= rows]`` is largest.
+
+    The Hungarian method: rows are taken in one after another, each along the cheapest path that frees a column, at prices
+    that keep every pair so far cheapest (Kuhn 1955; Munkres 1957). Cost: rows squared times columns.
+    """
+    n, m = worth.shape
+    price, level = np.zeros(m + 1), np.zeros(n)
+    owner = np.full(m + 1, -1)  # of each column; the last is where a new row stands
+    for row in range(n):
+        owner[m], at = row, m
+        least, before, seen = np.full(m, np.inf), np.full(m, m), np.zeros(m + 1, dtype=bool)
+        while owner[at] >= 0:
+            seen[at] = True
+            slack = -worth[owner[at]] - level[owner[at]] - price[:m]
+            better = ~seen[:m] & (slack < least)
+            least[better], before[better] = slack[better], at
+            after = int(np.where(seen[:m], np.inf, least).argmin())
+            step = least[after]
+            level[owner[seen]] += step
+            price[seen] -= step
+            least[~seen[:m]] -= step
+            at = after
+        while at != m:
+            owner[at], at = owner[before[at]], int(before[at])
+    return sorted((int(owner[k]), k) for k in range(m) if owner[k] >= 0)
 
 
 def _span(heads: Mapping[str, AnyHead], own: str) -> Float[Tensor, "width k"] | None:

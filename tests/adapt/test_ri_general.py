@@ -1,8 +1,13 @@
 """RI beyond the paper: overlapping heads, other distances and forms, a part of the network, low rank, a pull."""
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
 import merganser
 from merganser.adapt import heads_digest
@@ -10,7 +15,7 @@ from merganser.errors import HeadError, SentenceError
 from merganser.models.heads import Head
 from merganser.steps.adapt.ri import ri
 from merganser.steps.moving import chosen, low_rank
-from merganser.steps.twins import DISTANCES, Twins, distance, overlapping
+from merganser.steps.twins import DISTANCES, Twins, _matched, assigned, distance, overlapping
 
 SHORT = {"steps": 40, "lr": 3e-3, "batch": 64, "_precision": "fp32"}
 
@@ -284,3 +289,21 @@ def test_where_a_span_does_not_belong(toy):
         merganser.Span(torch.ones(3))
     plain = {name: Head(head.weight, head.bias, head.normalize) for name, head in heads.items()}
     assert heads_digest(heads) != heads_digest(plain)
+
+
+@given(st.integers(1, 5), st.integers(0, 2), st.integers(0, 10_000))
+def test_classes_are_matched_as_well_as_can_be(n, more, seed):
+    """No other choice of one column for each row is worth more."""
+    worth = np.random.default_rng(seed).uniform(-1, 1, (n, n + more)).round(seed % 3)  # equal ones too
+    pairs = assigned(worth)
+    assert [row for row, _ in pairs] == list(range(n))
+    assert len({column for _, column in pairs}) == n
+    best = max(sum(worth[range(n), list(p)]) for p in itertools.permutations(range(n + more), n))
+    assert sum(worth[a, b] for a, b in pairs) == pytest.approx(best)
+
+
+def test_pairs_are_those_of_the_largest_sum_not_the_largest_first():
+    cos = torch.tensor([[0.99, 0.98, 0.0], [0.98, 0.1, 0.0]])
+    assert [pair[:2] for pair in _matched(cos, 0.95)] == [(0, 1), (1, 0)], "greedily it would be the first alone"
+    assert [pair[:2] for pair in _matched(cos.T, 0.95)] == [(0, 1), (1, 0)]
+    assert _matched(cos, 0.995) == []
