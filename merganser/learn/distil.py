@@ -10,6 +10,7 @@ from ..card import digest, is_done, key_of, read_card
 from ..errors import HeadError, RecipeError
 from ..models.device import home
 from ..models.heads import AnyHead
+from ..models.inputs import inputs_digest
 from ..models.targets import Targets
 from ..progress import Progress, silent
 from ..steps.knobs import check_training
@@ -79,10 +80,12 @@ def distil(
     return {n: trained[n].to(t.dtype) if n in trained else t for n, t in model.items()}
 
 
-def distil_model(recipe: Any, model: str | Path, to: str | Path, *, progress: Progress = silent, **knobs: Any) -> Path:
+def distil_model(
+    recipe: Any, model: str | Path, to: str | Path, *, steps: int = 400, progress: Progress = silent, **knobs: Any
+) -> Path:
     """Distil a merged model of a recipe into a folder that its own library loads; interrupted, it goes on.
 
-    ``knobs`` are those of `distil`. Raises RecipeError without unlabeled inputs; the errors of `prepare`, and
+    ``knobs`` are further ones of `distil`. Raises RecipeError without unlabeled inputs; the errors of `prepare`, and
     WeightsError where ``model`` is none of this base or ``to`` holds it.
     """
     from ..prepare import prepare
@@ -91,24 +94,24 @@ def distil_model(recipe: Any, model: str | Path, to: str | Path, *, progress: Pr
     to = Path(to)
     refuse_overwriting(to, model, recipe.model.base, *recipe.experts.values())
     ready = prepare(recipe.model_copy(update={"sentences": ["average"], "where": {}}), progress=progress)
-    weights, whole = ready.opened(model), over(ready.whole, open_weights(model))
-    told = {"steps": 400, "seed": recipe.seed, **knobs}
-    card = {"kind": "distil", "sentence": _sentence(model, told["steps"]), **told, "precision": ready.kind}
-    card["inputs"] = {"model": digest(weights), **ready.digests}
-    card["key"] = key_of({**card, "heads": ready.heads_key, "scored_on": ready.scored_on})
-    if is_done(to, card["key"]):
-        return to
-    held = to.parent / f".{to.name}.checkpoint.safetensors"
-    made = distil(
-        weights, ready.experts, ready.base, encoder=ready.encoder, heads=ready.heads, inputs=ready.inputs,
-        kind=ready.kind, checkpoint=Checkpoint(held, card["key"]), progress=progress, **told,
-    )  # fmt: skip
-    made = dict(ready.finished(made))
-    save({n: made[n].to(whole[n].dtype) if n in made else whole[n] for n in whole}, to, card)
+    weights = ready.opened(model)
+    told = {"steps": steps, "seed": recipe.seed, **knobs}
+    card = {"kind": "distil", "sentence": _sentence(model, steps), **told, "precision": ready.kind}
+    card |= {"inputs": ready.digests, "model": digest(weights), "unlabeled": inputs_digest(ready.inputs)}
+    card["key"] = key_of({**card, "heads": ready.heads_key, "statistics": ready.resets})
+    if not is_done(to, card["key"]):
+        whole = over(ready.whole, open_weights(model))
+        held = to.parent / f".{to.name}.checkpoint.safetensors"
+        made = distil(
+            weights, ready.experts, ready.base, encoder=ready.encoder, heads=ready.heads, inputs=ready.inputs,
+            kind=ready.kind, checkpoint=Checkpoint(held, card["key"]), progress=progress, **told,
+        )  # fmt: skip
+        made = dict(ready.finished(made))
+        save({n: made[n].to(whole[n].dtype) if n in made else whole[n] for n in whole}, to, card)
+        held.unlink(missing_ok=True)
     place = Path(model)
-    carry(place if (place / "config.json").is_file() else Path(recipe.model.base), to)
+    carry(place if (place / "config.json").is_file() else Path(recipe.model.base), to)  # again, if a kill came before
     write_readme(to, card)
-    held.unlink(missing_ok=True)
     return to
 
 

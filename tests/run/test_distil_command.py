@@ -27,12 +27,28 @@ def test_the_command(user, tmp_path):
     first = (tmp_path / "out" / "model.safetensors").read_bytes()
     assert call(*asked).exit_code == 0
     assert json.loads((tmp_path / "out" / "card.json").read_text()) == told, "nothing is done twice"
+    (tmp_path / "out" / "README.md").unlink()  # as where a kill came before it was written
+    assert call(*asked).exit_code == 0
+    assert "# Merge of 3 experts" in (tmp_path / "out" / "README.md").read_text()
     scores = json.loads(call("eval", recipe, tmp_path / "merged", tmp_path / "out", "--json").stdout)
     before, after = (scores[str(tmp_path / name)]["mean"]["score"] for name in ("merged", "out"))
     assert after > before
     assert set(merganser.open_weights(tmp_path / "out")) == set(merganser.open_weights(tmp_path / "merged"))
     assert first == (tmp_path / "out" / "model.safetensors").read_bytes()
     assert not list(tmp_path.glob(".*checkpoint*"))
+
+
+def test_other_inputs_make_another_model(user, tmp_path):
+    recipe = (user / "recipe.toml").read_text()
+    merganser.merge(user / "base", [user / "experts" / "spots"], "average", into=tmp_path / "merged")
+    made = []
+    for limit in (40, 60):
+        (user / "fewer.toml").write_text(recipe.replace("[inputs]\n", f"[inputs]\nlimit = {limit}\n"))
+        done = call("distil", user / "fewer.toml", tmp_path / "merged", "--to", tmp_path / "out", "--steps", 3)
+        assert done.exit_code == 0, done.output
+        made.append(json.loads((tmp_path / "out" / "card.json").read_text()))
+    assert made[0]["key"] != made[1]["key"]
+    assert made[0]["unlabeled"] != made[1]["unlabeled"]
 
 
 def test_what_is_refused_before_any_work(user, tmp_path):
