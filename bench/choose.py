@@ -7,11 +7,12 @@ score on the test splits at the scale as written, at the one that validation lab
 and what the last is over the labels' [95 % interval, paired]. OUT/labels and OUT/experts may hold runs already.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
 from typing import Any
+
+from options import options
 
 from merganser.evaluate.run import gained
 from merganser.evaluate.table import Row, rows_in
@@ -31,12 +32,8 @@ def by_sentence(folder: Path, tuned: bool) -> dict[str, Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--to", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = options(__doc__, seeds=1)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--seeds", type=int, default=1)
     asked = parser.parse_args()
     sentences = [how + merger for merger in MERGERS for how in ("", f"ri(steps={asked.steps}) | ")]
     recipe = recipe_for(text.SUITE, asked.data, sentences, progress=bars)

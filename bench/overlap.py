@@ -8,7 +8,6 @@ the expert's answers and the base's in the same logits. ``overlap=0.95``, the de
 other term; ``overlap=2`` is the paper's loss, which does not look.
 """
 
-import argparse
 import gzip
 import json
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from options import options
 
 from merganser.evaluate.metrics import interval
 from merganser.evaluate.run import Scores, means
@@ -71,11 +71,7 @@ def gain(pairs: list[tuple[Row, Row]], names: tuple[str, ...]) -> dict[str, floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--to", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = options(__doc__, seeds=3)
     parser.add_argument("--steps", type=int, default=100)
     args = parser.parse_args()
     data = write_tasks(args.data, args.to / "tasks")

@@ -23,7 +23,6 @@ rows of its own task's validation split, without labels.
 the same merger without adapting with its 95 % interval (paired, seeds averaged first), and the share of the loss that it is.
 """
 
-import argparse
 import json
 import random
 import time
@@ -33,6 +32,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from options import options
 
 import merganser
 from merganser.adapt import adapt, slug
@@ -145,12 +145,8 @@ def best(ready: Prepared, experts: Any, mergers: list[str], place: Path) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--to", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser = options(__doc__, seeds=1)
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
-    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--mergers", nargs="+", default=list(MERGERS))
     parser.add_argument("--scales", nargs="+", type=float, default=list(SCALES))
     args = parser.parse_args()

@@ -13,13 +13,13 @@ without labels:
 OUT keeps adapted experts and scores; what is there is not made again.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from options import options
 
 from merganser.adapt import adapt, slug
 from merganser.card import key_of
@@ -74,11 +74,7 @@ def scores_of(ready: Prepared, sentence: Sentence, experts: Any, asked: Any, own
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--to", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser = options(__doc__, seeds=1)
     args = parser.parse_args()
     suite = shortened(text.SUITE, limits=LimitPart(val=200, test=800, diagnose=0))
     recipe = recipe_for(suite, args.data, ["tsv"], progress=bars)

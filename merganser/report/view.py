@@ -36,10 +36,6 @@ def judged(run: Run) -> str:
     return run.scores.chosen.partition(" ")[2]
 
 
-def _is_score(run: Run) -> bool:
-    return judged(run) == "validation data"
-
-
 def metric(run: Run) -> str:
     """What the scores are, if all tasks agree."""
     names = {task.metric for task in run.scores.tasks}
@@ -420,8 +416,9 @@ def scales_view(run: Run, prefix: str) -> list[View]:
             merges.setdefault(curve.merge, []).append(curve)
     if not merges:
         return []
-    # agreement is no score, and cannot be compared with one
-    levels = [("base", scores.base.mean.score), ("experts", scores.experts.mean.score)] if _is_score(run) else []
+    levels = [("base", scores.base.mean.score), ("experts", scores.experts.mean.score)]
+    if judged(run) != "validation data":  # agreement is no score, and cannot be compared with one
+        levels = []
     levels = [level for level in levels if math.isfinite(level[1])]
     values = [value for curve in scores.curves for point in curve.points for value in (point.val, point.test)]
     values = [value for value in values if math.isfinite(value)] + [level for _, level in levels]
